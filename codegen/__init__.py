@@ -1,0 +1,1 @@
+"""From fused ops and regions of the graph to kernel source."""

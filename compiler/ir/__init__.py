@@ -1,0 +1,1 @@
+"""The nouns that every stage speaks: scalar language, index expressions, fused ops, graph helpers, cost."""

@@ -1,0 +1,1 @@
+"""Rewrites of the captured graph into fused ops, one file each."""
