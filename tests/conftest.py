@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 
 # Before torch is imported: libgomp reads its variables once. Two test processes with two threads each on two cores would
@@ -34,4 +35,5 @@ def _fresh_dynamo():
     """Compiled code and its guards never travel from one test to the next; nor does the random state."""
     torch.manual_seed(0)
     yield
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # importing it costs two seconds; a test that never compiles need not pay them
+        torch._dynamo.reset()
