@@ -1,0 +1,241 @@
+"""``tileweld::attention``: one op for every attention variant, its definition, its fake and its gradient.
+
+    out[b, h, i, :] = sum_j softmax_j( where(mask, score(q[b, h, i] . k[b, h // Gk, j]), fill) ) v[b, h // Gv, j, :]
+
+``score``, ``mask`` and ``sink`` are text of the scalar language. Masked positions have the score ``fill``: -inf, or the finite
+number that the model wrote (-1e9, finfo.min), which matters for rows that see no key at all. With fill -inf, ``empty`` says
+what such a row gives: "nan" as softmax does, or "zero" as scaled_dot_product_attention does. ``sink`` is one more logit of the
+denominator (attention sinks, softmax-plus-one), "" for none.
+
+This file is the meaning; kernels are tested against it in float64. Rows are taken in blocks, so that memory stays
+O(block x Tk) forward and backward. Backward formulas: dP = dO v^T, dS = P (dP - sum(P dP)), chained through d score / d s and
+d score / d c by sympy (FlashAttention, 2205.14135, appendix B, without the recomputation of the sum).
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import sympy
+import torch
+from torch import Tensor
+
+from . import scalar as sc
+from .evaluate import Evaluator
+from .parser import parse, parse_mask
+
+BLOCK_ELEMENTS = 1 << 24  # scores held at once by the definition: 64 MiB in fp32
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What tells one attention kernel from another: the texts, parsed once."""
+
+    score: str = "s"
+    mask: str = "True"
+    fill: float = float("-inf")
+    sink: str = ""
+    empty: str = "nan"
+    integer_captures: frozenset[int] = frozenset()
+
+    @functools.cached_property
+    def score_expr(self):
+        return parse(self.score, self.integer_captures)
+
+    @functools.cached_property
+    def mask_expr(self):
+        return parse_mask(self.mask, self.integer_captures)
+
+    @functools.cached_property
+    def sink_expr(self):
+        return parse(self.sink, self.integer_captures) if self.sink else None
+
+    @property
+    def is_causal(self) -> bool:
+        """Is the mask exactly the causal one, aligned at the first position?"""
+        return self.mask == "j <= i"
+
+    @functools.cached_property
+    def linear_scale(self) -> float | None:
+        """c where the score is c*s, else None: what a library attention can compute."""
+        e = self.score_expr
+        if e == sc.S:
+            return 1.0
+        if isinstance(e, sc.fmul) and sc.is_const(e.args[0]) and e.args[1] == sc.S:
+            return float(e.args[0])
+        return None
+
+
+def integer_captures(captures: Sequence[Tensor]) -> frozenset[int]:
+    """Numbers of the captures that hold integers or booleans."""
+    return frozenset(k for k, c in enumerate(captures) if not c.dtype.is_floating_point)
+
+
+def variant_of(captures, score, mask, fill, sink, empty) -> Variant:
+    """The Variant of an op call."""
+    return Variant(score, mask, float(fill), sink, empty, integer_captures(captures))
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Scores are computed in float32, in float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("tileweld::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes: Sequence[int], score: str, mask: str, fill: float, sink: str, empty: str) -> Tensor:
+    """Attention with a scalar-language score and mask.
+
+    q [B, H, Tq, D], k [B, Hk, Tk, D], v [B, Hv, Tk, Dv] with Hk and Hv dividing H; float dtypes; any strides.
+    captures: c0, c1, ... of any rank and dtype; sizes: n0, n1, ...
+    Returns [B, H, Tq, Dv] in q's dtype, laid out as [B, Tq, H, Dv] in memory (the transpose that follows is then free).
+    """
+    variant = variant_of(captures, score, mask, fill, sink, empty)
+    return reference(q, k, v, captures, sizes, variant)
+
+
+@attention.register_fake
+def _(q, k, v, captures, sizes, score, mask, fill, sink, empty):
+    batch, heads, rows, width = q.shape
+    torch._check(k.shape[3] == width, lambda: f"q has head dim {width}, k has {k.shape[3]}")
+    torch._check(k.shape[2] == v.shape[2], lambda: f"k has {k.shape[2]} positions, v has {v.shape[2]}")
+    return empty_output(q, v.shape[3])
+
+
+def empty_output(q: Tensor, width: int) -> Tensor:
+    """[B, H, Tq, width] over [B, Tq, H, width] memory."""
+    batch, heads, rows, _ = q.shape
+    return q.new_empty((batch, rows, heads, width)).transpose(1, 2)
+
+
+class _Rows:
+    """Scores and probabilities of the query rows [start, stop) in the compute dtype."""
+
+    def __init__(self, q, k, captures, sizes, variant, start, stop, dtype):
+        batch, heads, rows, width = q.shape
+        keys, device = k.shape[2], q.device
+        self.q = q[:, :, start:stop].to(dtype)
+        self.k = k.repeat_interleave(heads // k.shape[1], 1).to(dtype)
+        positions = {"b": (batch, 0), "h": (heads, 1), "j": (keys, 3)}
+        env = {name: torch.arange(n, device=device).view([-1 if axis == d else 1 for d in range(4)]) for name, (n, axis) in positions.items()}
+        env["i"] = torch.arange(start, stop, device=device).view(1, 1, -1, 1)
+        env |= {"Tq": rows, "Tk": keys, **{f"n{n}": value for n, value in enumerate(sizes)}, "s": self.q @ self.k.transpose(2, 3)}
+        self.evaluate = Evaluator(env, captures, dtype, device)
+        self.shape = (batch, heads, stop - start, keys)
+        self.visible = self.evaluate(variant.mask_expr)
+        score = self.evaluate.float(variant.score_expr).expand(self.shape)
+        if variant.mask_expr is not sympy.true:
+            score = torch.where(self.visible, score, torch.tensor(variant.fill, dtype=dtype, device=device))
+        self.sink = self.evaluate.float(variant.sink_expr).expand(batch, heads, stop - start, 1) if variant.sink_expr is not None else None
+        logits = score if self.sink is None else torch.cat([score, self.sink], -1)
+        probabilities = torch.softmax(logits, -1)
+        if variant.empty == "zero":
+            probabilities = torch.where((logits == float("-inf")).all(-1, keepdim=True), torch.zeros((), dtype=dtype, device=device), probabilities)
+        self.p = probabilities[..., :keys]
+        self.p_sink = probabilities[..., keys:]
+
+
+def _row_blocks(q, k):
+    batch, heads, rows, _ = q.shape
+    step = max(1, BLOCK_ELEMENTS // max(1, batch * heads * k.shape[2]))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes: Sequence[int], variant: Variant) -> Tensor:
+    """The definition, in blocks of rows; float64 inputs are computed in float64, all others in float32."""
+    dtype = compute_dtype(q.dtype)
+    out = empty_output(q, v.shape[3])
+    if k.shape[2] == 0:
+        return out.zero_()
+    values = v.repeat_interleave(q.shape[1] // v.shape[1], 1).to(dtype)
+    for start, stop in _row_blocks(q, k):
+        out[:, :, start:stop] = (_Rows(q, k, captures, sizes, variant, start, stop, dtype).p @ values).to(q.dtype)
+    return out
+
+
+@torch.library.custom_op("tileweld::attention_backward", mutates_args=())
+def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes: Sequence[int], score: str, mask: str, fill: float, sink: str, empty: str) -> list[Tensor]:
+    """Gradients of q, k, v and of every float capture, in that order, each in its tensor's shape and dtype."""
+    variant = variant_of(captures, score, mask, fill, sink, empty)
+    dtype = compute_dtype(q.dtype)
+    differentiable = [c for c in captures if c.dtype.is_floating_point]
+    if k.shape[2] == 0:
+        return [torch.zeros_like(x) for x in (q, k, v, *differentiable)]
+    heads = q.shape[1]
+    values = v.repeat_interleave(heads // v.shape[1], 1).to(dtype)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk = torch.zeros((q.shape[0], heads, *k.shape[2:]), dtype=dtype, device=q.device)
+    dv = torch.zeros((q.shape[0], heads, *v.shape[2:]), dtype=dtype, device=q.device)
+    dcaptures = {n: torch.zeros(c.shape, dtype=dtype, device=c.device) for n, c in enumerate(captures) if c.dtype.is_floating_point}
+    ds_ds, by_capture, by_sink = derivatives(variant)
+    for start, stop in _row_blocks(q, k):
+        rows = _Rows(q, k, captures, sizes, variant, start, stop, dtype)
+        dout = grad[:, :, start:stop].to(dtype)
+        dp = dout @ values.transpose(2, 3)
+        delta = (rows.p * dp).sum(-1, keepdim=True)
+        dscore = rows.p * (dp - delta)
+        if variant.mask_expr is not sympy.true:
+            dscore = torch.where(rows.visible, dscore, torch.zeros((), dtype=dtype, device=q.device))
+        ds = dscore * rows.evaluate.float(ds_ds)
+        dv += rows.p.transpose(2, 3) @ dout
+        dq[:, :, start:stop] = (ds @ rows.k).to(q.dtype)
+        dk += ds.transpose(2, 3) @ rows.q
+        for element, derivative in by_capture:
+            _accumulate(dcaptures, element, dscore * rows.evaluate.float(derivative), rows.evaluate)
+        for element, derivative in by_sink:
+            _accumulate(dcaptures, element, -rows.p_sink * delta * rows.evaluate.float(derivative), rows.evaluate)
+
+    def to_group(x, like):
+        return x.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype)
+
+    return [dq, to_group(dk, k), to_group(dv, v), *(dcaptures[n].to(captures[n].dtype) for n in sorted(dcaptures))]
+
+
+@functools.lru_cache(1024)
+def derivatives(variant: Variant):
+    """(d score / d s, [(c, d score / d c)], [(c, d sink / d c)]) with c the element accesses of float captures."""
+    def by_element(expr):
+        found = []
+        for element in sc.loads(expr):
+            if not sc.is_int(element):
+                x = sympy.Dummy()
+                found.append((element, expr.xreplace({element: x}).diff(x).xreplace({x: element})))
+        return found
+
+    score = variant.score_expr
+    return score.diff(sc.S), by_element(score), by_element(variant.sink_expr) if variant.sink_expr is not None else []
+
+
+def _accumulate(totals, element, value, evaluate):
+    total = totals[int(element.args[0].name[1:])]
+    indices = [evaluate(index).long() for index in element.args[1:]]
+    used = [any(index.dim() == 4 and index.shape[axis] > 1 for index in indices) for axis in range(4)]
+    unused = [axis for axis in range(4) if not used[axis]]
+    if unused:  # sum what broadcasts before the scatter: a [B, H, T, T] gradient of a [H] tensor becomes [H]
+        value = value.sum(unused, keepdim=True)
+    if not indices:
+        total += value.sum()
+        return
+    shape = torch.broadcast_shapes(value.shape, *(index.shape for index in indices))
+    total.index_put_(tuple(index.expand(shape) for index in indices), value.expand(shape), accumulate=True)
+
+
+@attention_backward.register_fake
+def _(grad, q, k, v, captures, sizes, score, mask, fill, sink, empty):
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, *(c for c in captures if c.dtype.is_floating_point))]
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, captures, sizes, *rest = inputs
+    ctx.save_for_backward(q, k, v, *captures)
+    ctx.sizes, ctx.rest = sizes, rest  # rest: score, mask, fill, sink, empty
+
+
+def _backward(ctx, grad):
+    q, k, v, *captures = ctx.saved_tensors
+    dq, dk, dv, *dcaptures = torch.ops.tileweld.attention_backward(grad, q, k, v, captures, ctx.sizes, *ctx.rest)
+    remaining = iter(dcaptures)
+    return dq, dk, dv, [next(remaining) if c.dtype.is_floating_point else None for c in captures], *([None] * (1 + len(ctx.rest)))
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)

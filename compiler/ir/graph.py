@@ -1,0 +1,57 @@
+"""Small questions to an FX graph that every pass asks."""
+from __future__ import annotations
+
+import re
+
+import sympy
+import torch
+from torch.fx import Node
+
+aten = torch.ops.aten
+
+
+def is_call(node, *targets) -> bool:
+    """Is the node a call of one of these ops (overloads or overload packets)?"""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return False
+    return node.target in targets or getattr(node.target, "overloadpacket", None) in targets
+
+
+def value(node):
+    """The fake value that capture recorded for a node; None for values that are not tensors or symbols."""
+    return node.meta.get("val") if isinstance(node, Node) else node
+
+
+def is_tensor(node) -> bool:
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def shape(node) -> list[sympy.Expr]:
+    """A node's sizes as sympy integers; a symbolic size is its expression."""
+    return [size(s) for s in value(node).shape]
+
+
+def size(s) -> sympy.Expr:
+    """An int or SymInt as a sympy expression."""
+    return sympy.Integer(s) if isinstance(s, int) else s.node.expr
+
+
+def argument(node: Node, position: int, name: str, default=None):
+    """An argument of a call by position or keyword."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+_FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)(?:\n\s*(.+))?')
+
+
+def source_of(node: Node) -> str:
+    """'model.py:41 in forward: scores = q @ k.T', the user's line that made the node; '' when it is not known."""
+    trace = node.meta.get("stack_trace") or ""
+    frames = _FRAME.findall(trace)
+    if not frames:
+        return ""
+    path, line, function, code = frames[-1]
+    short = "/".join(path.replace("\\", "/").split("/")[-2:])
+    return f"{short}:{line} in {function}" + (f": {code.strip()}" if code else "")

@@ -1,0 +1,46 @@
+"""The contract of a rewrite.
+
+A pass is one file with a function ``find(graph)`` that yields, for every place where it could act, a `Match` (what to put
+there) or a `Refusal` (why not). The driver in compiler/pipeline.py inserts, verifies, and reports; a pass changes nothing
+itself, so that a refused or failed match leaves the graph as it was.
+"""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from torch.fx import Graph, Node
+
+
+@dataclasses.dataclass
+class Match:
+    """A place to rewrite.
+
+    root:   the node whose value is replaced
+    inputs: the nodes at which the replaced region starts (verification replays from there to root)
+    build:  inserts the replacement before root and returns the node that takes root's place (same shape and dtype)
+    detail: one line for the report, e.g. "score=0.125*s mask=j <= i"
+    """
+
+    root: Node
+    inputs: tuple[Node, ...]
+    build: Callable[[Graph], Node]
+    detail: str = ""
+
+
+@dataclasses.dataclass
+class Refusal:
+    """A place that looks like the pattern and is left alone: the reason, what was expected and found, and the node it failed at."""
+
+    reason: str
+    node: Node
+    cure: str = ""
+
+
+class Rewrite(Protocol):
+    """What passes/__init__.PIPELINE lists: a module."""
+
+    NAME: str
+
+    def find(self, graph: Graph) -> Iterator[Match | Refusal]: ...
