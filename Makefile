@@ -9,7 +9,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --progress-bar on --prefer-binary -c constraints.txt
+# pip's progress bars on a terminal (make sets MAKE_TERMOUT there), only its errors in a log.
+INSTALL := $(PIP) install $(if $(MAKE_TERMOUT),,-qq) --prefer-binary -c constraints.txt
 WORKERS ?= 2
 ARGS ?=
 
