@@ -231,15 +231,53 @@ def test_gemma2_softcap_against_a_loop():
     assert gemma2.build()(*gemma2.example_inputs()).abs().max() <= 30
 
 
-def test_llama_gqa_is_mha_with_shared_heads():
-    inputs = llama_gqa.example_inputs()
-    gqa, mha = llama_gqa.build(kv_heads=2), llama_gqa.build(kv_heads=4)
+@pytest.mark.parametrize("module", [llama_gqa, minigpt, gemma2, gpt_oss_sinks])
+def test_gqa_is_mha_with_shared_heads(module):
+    inputs = module.example_inputs()
+    gqa, mha = (module.build(layers=2, heads=4, kv_heads=n) for n in (2, 4))
     state = gqa.state_dict()
-    for key in state:
-        if "k_proj" in key or "v_proj" in key:
-            state[key] = state[key].view(2, 16, 64).repeat_interleave(2, 0).reshape(64, 64)
+    for key, value in state.items():
+        if key.split(".")[-2] in ("k_proj", "v_proj", "wk", "wv"):
+            state[key] = value.view(2, -1, *value.shape[1:]).repeat_interleave(2, 0).flatten(0, 1)
     mha.load_state_dict(state)
     torch.testing.assert_close(gqa(*inputs), mha(*inputs), rtol=1e-5, atol=1e-5)
+
+
+def sdpa(q, k, v, out, heads: int, mask, scale=None):
+    """The textbook path: projected q, k, v [B, T, H*D], boolean or float mask, then the output projection."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).flatten(2))
+
+
+def test_remaining_attentions_against_sdpa():
+    t, x = 10, randn64(2, 10, 64)
+    real = torch.arange(t) < torch.tensor([[10], [7]])
+    close = lambda got, expected: torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        a = longformer.build(layers=1).double().layers[0].attention
+        seen = real[:, None, None, :].expand(2, 1, t, t)
+        close(a(x, seen), sdpa(a.query(x), a.key(x), a.value(x), a.dense, 4, seen))
+
+        a = bigbird.build(layers=1).double().layers[0].attention
+        seen = seen & a.table.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, :t, :t]
+        close(a(x, real), sdpa(a.query(x), a.key(x), a.value(x), a.dense, 4, seen))
+
+        a = dilated.build(layers=1).double().blocks[0].attn
+        close(a(x), sdpa(*a.qkv(x).chunk(3, -1), a.proj, 4, dilated.dilated_mask(t, 4, 1, x.device)))
+
+        a, bias = t5_bias.build(layers=1).double().encoder.blocks[0].self_attn, randn64(1, 4, t, 10)
+        got = a(x, x, bias)
+        torch.testing.assert_close(got, sdpa(a.q(x), a.k(x), a.v(x), a.o, 4, bias, scale=1.0), rtol=1e-5, atol=1e-6)     # softmax in fp32
+
+        a, causal = alibi.build(layers=1).double().blocks[0].attn, torch.ones(t, t, dtype=torch.bool).tril()
+        bias = alibi.distance_bias(t, alibi.slopes(4).double(), torch.float64)
+        a.style = "distance"
+        q, k, v = a.query_key_value(x).view(2, t, 4, 3, 16).unbind(3)
+        close(a(x, bias, ~causal), sdpa(q.flatten(2), k.flatten(2), v.flatten(2), a.dense, 4, bias.masked_fill(~causal, float("-inf"))))
+
+        a, x = minigpt.build(layers=1, kv_heads=4).double().blocks[0].attn, randn64(2, 10, 128)
+        got = a(x, torch.ones(t, 16, dtype=torch.float64), torch.zeros(t, 16, dtype=torch.float64))
+        torch.testing.assert_close(got, sdpa(a.wq(x), a.wk(x), a.wv(x), a.wo, 4, causal), rtol=1e-5, atol=1e-6)          # softmax in fp32
 
 
 def test_mla_equals_its_absorbed_form():
