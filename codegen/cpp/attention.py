@@ -1,0 +1,106 @@
+"""``tileweld::attention`` as C++: tiled online softmax (FlashAttention-2, 2307.08691) in fp32.
+
+The source is one translation unit without torch headers: constants and the variant's own functions (score.py), and the
+fixed parts beside this file. Two ways through it, chosen at run time:
+
+- many query rows (attention_packed.h): keys and values are packed once per KV head; tiles of 96 rows, in parallel over
+  (batch, head, tile); scores stay in the L1 cache; tiles that the mask empties are skipped, full ones evaluate no mask;
+- few rows, decoding (attention_streamed.h): keys and values are read once, in place, for the whole group of query heads.
+
+Masked keys add nothing unless ``fill`` is finite and a row's maximum comes within 104 of it (exp is 0 in fp32 beyond): such
+rows are found afterwards and done again over all keys with the score ``fill``. Keys that the mask hides are not read, so a NaN
+among their values does not reach the row, where 0 * NaN would in the definition.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import sympy
+import torch
+
+from ...compiler.errors import UnsupportedError
+from ...compiler.ir.attention import Variant
+from ...compiler.ir.kernel import Kernel
+from .printer import SIZE_LIMIT, CppPrinter
+from .score import ELEMENTS, Captures, linear_scale, row_source, simplify, sink_source, tile_source
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+_FOLDER = Path(__file__).parent
+
+
+def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[torch.dtype] = (), capture_ranks: Sequence[int] = (), head_dim: int, value_dim: int,
+         num_sizes: int = 0) -> Kernel:
+    """The kernel of a variant, for every B, H, Hk, Hv, Tq, Tk and all strides.
+
+    q_dtype: of q, k, v and the output: float32, float16 or bfloat16. head_dim, value_dim: 1 to 256.
+    Tensors of a call: [out, q, k, v, *captures], then the integers n0, n1, ...; no floats.
+    Raises UnsupportedError for other dtypes and sizes.
+    """
+    if q_dtype not in DTYPES:
+        raise UnsupportedError(f"no C++ attention kernel for {q_dtype}", cure="use float32, float16 or bfloat16, or the reference target")
+    for name, width in (("head", head_dim), ("value", value_dim)):
+        if not 1 <= width <= MAX_HEAD_DIM:
+            raise UnsupportedError(f"no C++ attention kernel for {name} dim {width}", cure=f"1 to {MAX_HEAD_DIM} are supported")
+    captures = Captures(tuple(capture_dtypes), tuple(capture_ranks))
+    score, mask, fill = simplify(variant)
+    scale = linear_scale(score)
+    number = CppPrinter().float
+    detail = f"score={variant.score} mask={variant.mask} {str(q_dtype).removeprefix('torch.')} head dim {head_dim}" + (f"/{value_dim}" if value_dim != head_dim else "")
+    parts = [
+        f"// tileweld attention: out = softmax(where(mask, score, {variant.fill})) v, over tiles; from the rewrite `attention`\n"
+        f"//   score  {variant.score}\n//   mask   {variant.mask}\n" + (f"//   sink   {variant.sink}\n" if variant.sink else "") +
+        f"//   dtypes {_dtypes(q_dtype, captures.dtypes)}; head dim {head_dim}, value dim {value_dim}\n#include <omp.h>\n",
+        _text("vector.h"),
+        _text("scalar_math.h"),
+        "// ---- this variant\n",
+        f"using Element = {ELEMENTS[q_dtype]};\n"
+        f"constexpr int D = {head_dim}, DV = {value_dim};\n"
+        f"constexpr float SCALE = {number(scale if scale is not None else 1.0)};  // of the dot product\n"
+        f"constexpr float FILL = {number(fill)};  // the score of a masked key\n"
+        f"constexpr bool FINITE_FILL = {str(math.isfinite(fill) and mask is not sympy.true).lower()}, EMPTY_IS_ZERO = {str(variant.empty == 'zero').lower()};\n",
+        _call_source(captures, num_sizes),
+        row_source(captures, score, mask),
+        tile_source(captures, mask),
+        sink_source(captures, variant.sink_expr),
+        _text("attention_tiles.h"),
+        _text("attention_packed.h"),
+        _text("attention_streamed.h"),
+        _text("attention_entry.h"),
+    ]
+    return Kernel("attention", "cpp", "\n".join(parts), "attention", rewrite="attention", detail=detail)
+
+
+def _text(name: str) -> str:
+    return (_FOLDER / name).read_text()
+
+
+def _dtypes(q_dtype, capture_dtypes):
+    return ", ".join([f"q k v {q_dtype}"] + [f"c{k} {dtype}" for k, dtype in enumerate(capture_dtypes)]).replace("torch.", "")
+
+
+def _call_source(captures: Captures, num_sizes: int) -> str:
+    """``struct Call``: the arguments by name, and how they are read from the launcher's arrays."""
+    fields, reads = [], []
+    for k, (dtype, rank) in enumerate(zip(captures.dtypes, captures.ranks)):
+        fields.append(f"    const {ELEMENTS[dtype]}* c{k};")
+        fields.append(f"    const int64_t *c{k}_size, *c{k}_stride;  // rank {rank}")
+        reads.append(f"    call.c{k} = static_cast<const {ELEMENTS[dtype]}*>(data[{k + 4}]);\n    call.c{k}_size = ints;\n    call.c{k}_stride = ints + {rank};\n    ints += {2 * rank};")
+    sizes = [f"n{k}" for k in range(num_sizes)]
+    if sizes:
+        fields.append(f"    int64_t {', '.join(sizes)};")
+    reads += [f"    call.{name} = *ints++;" for name in sizes]
+    narrow = " && ".join([f"call.{name} < {SIZE_LIMIT}" for name in ("B", "H", "Tq", "Tk")] + [f"call.{name} < {SIZE_LIMIT} && call.{name} > -{SIZE_LIMIT}" for name in sizes])
+    return "\n".join([
+        "struct Call {", "    Element* out;", "    const Element *q, *k, *v;", "    int64_t B, H, Hk, Hv, Tq, Tk;",
+        "    const int64_t *out_stride, *q_stride, *k_stride, *v_stride;  // [B, H, T, D], in elements",
+        "    bool is_narrow;  // every size is small enough for positions in int32", *fields, "};", "",
+        "static Call read_call(void* const* data, const int64_t* ints) {", "    Call call;",
+        "    call.out = static_cast<Element*>(data[0]);", "    call.q = static_cast<const Element*>(data[1]);",
+        "    call.k = static_cast<const Element*>(data[2]);", "    call.v = static_cast<const Element*>(data[3]);",
+        "    // sizes and strides of out, q, k, v: four and four each",
+        "    call.B = ints[8], call.H = ints[9], call.Tq = ints[10], call.Hk = ints[17], call.Tk = ints[18], call.Hv = ints[25];",
+        "    call.out_stride = ints + 4, call.q_stride = ints + 12, call.k_stride = ints + 20, call.v_stride = ints + 28;",
+        "    ints += 32;", *reads, f"    call.is_narrow = {narrow};", "    return call;", "}", ""])

@@ -1,0 +1,146 @@
+// Many query rows: keys and values are packed once per KV head, in fp32, and every row tile of every head in the group reads them.
+
+constexpr int TILE_ROWS = 16 * MR;
+
+// keys [Tk, D] to panels [panel][D][PANEL], zeros past the last key
+static void pack_keys(const Call& call, int64_t b, int64_t head, int64_t panel, float* __restrict to) {
+    const int64_t* stride = call.k_stride;
+    const int64_t first = panel * PANEL;
+    const int count = int(call.Tk - first < PANEL ? call.Tk - first : PANEL);
+    const Element* from = call.k + b * stride[0] + head * stride[1] + first * stride[2];
+    constexpr int STEP = 16;  // columns at a time: a cache line of each row is read whole while it is in L1
+    for (int d0 = 0; d0 < D; d0 += STEP) {
+        const int d1 = d0 + STEP < D ? d0 + STEP : D;
+        for (int key = 0; key < count; ++key)
+            for (int d = d0; d < d1; ++d) to[d * PANEL + key] = element(from[key * stride[2] + d * stride[3]]);
+    }
+    for (int key = count; key < PANEL; ++key)
+        for (int d = 0; d < D; ++d) to[d * PANEL + key] = 0.0f;
+}
+
+// values [Tk, DV] to stripes [stripe][Tk][STRIPE * VL], zeros in the padding columns; one panel's worth of keys
+static void pack_values(const Call& call, int64_t b, int64_t head, int64_t panel, float* __restrict to) {
+    const int64_t* stride = call.v_stride;
+    const int64_t first = panel * PANEL, last = first + PANEL < call.Tk ? first + PANEL : call.Tk;
+    for (int64_t key = first; key < last; ++key) {
+        const Element* from = call.v + b * stride[0] + head * stride[1] + key * stride[2];
+        for (int d0 = 0; d0 < DVP; d0 += STRIPE * VL) {
+            const int columns = DVP - d0 < STRIPE * VL ? DVP - d0 : STRIPE * VL;
+            float* row = to + d0 * call.Tk + key * columns;
+            for (int d = 0; d < columns; ++d) row[d] = d0 + d < DV ? element(from[(d0 + d) * stride[3]]) : 0.0f;
+        }
+    }
+}
+
+struct Tile {
+    float *q, *sums, *scores;  // [TILE_ROWS, D], [TILE_ROWS, DVP], [MR, BLOCK]
+    RowState state[TILE_ROWS];
+};
+
+INLINE void load_queries(const Call& call, int64_t b, int64_t h, int64_t first, int rows, float* __restrict q) {
+    const int64_t* stride = call.q_stride;
+    for (int r = 0; r < rows; ++r) {
+        const Element* from = call.q + b * stride[0] + h * stride[1] + (first + r) * stride[2];
+        for (int d = 0; d < D; ++d) q[r * D + d] = element(from[d * stride[3]]) * SCALE;
+    }
+    std::memset(q + rows * D, 0, sizeof(float) * size_t(round_up(rows, MR) - rows) * D);
+}
+
+// MR rows against the keys [j_lo, j_hi) of a block
+static void attend_block(const Call& call, Tile& tile, const float* keys, const float* values, int64_t b, int64_t h, int64_t first_row, int group,
+                         int rows, int64_t j_lo, int64_t j_hi, bool full, float masked) {
+    const int64_t width = j_hi - j_lo;
+    float* scores = tile.scores;
+    float* sums = tile.sums + group * DVP;
+    for (int64_t j = j_lo; j < j_hi; j += PANEL)
+        multiply_rows<NV, false>(tile.q + group * D, D, keys + j * D, D, scores + (j - j_lo), BLOCK);
+    for (int r = 0; r < MR; ++r) {
+        float* row = scores + r * BLOCK;
+        if (r < rows) {
+            score_row(call, row, b, h, first_row + group + r, j_lo, width, full, masked);
+            const float shrink = update_row(tile.state[group + r], row, width);
+            if (shrink != 1.0f)
+                for (int d = 0; d < DVP; d += VL) store_vector(sums + r * DVP + d, load_vector(sums + r * DVP + d) * shrink);
+        } else {
+            std::memset(row, 0, sizeof(float) * width);  // rows past the end of the tile
+        }
+    }
+    constexpr int WHOLE = DVP / VL / STRIPE, REST = DVP / VL % STRIPE;
+    for (int stripe = 0; stripe < WHOLE; ++stripe) {
+        const int d = stripe * STRIPE * VL;
+        multiply_rows<STRIPE, true>(scores, BLOCK, values + d * call.Tk + j_lo * STRIPE * VL, width, sums + d, DVP);
+    }
+    if constexpr (REST > 0) {
+        constexpr int d = WHOLE * STRIPE * VL;
+        multiply_rows<REST, true>(scores, BLOCK, values + d * call.Tk + j_lo * REST * VL, width, sums + d, DVP);
+    }
+}
+
+// One pass over the keys that rows [first, first + rows) may see; `exact` visits all keys, masked ones with the score FILL.
+static void attend_rows(const Call& call, Tile& tile, const float* keys, const float* values, int64_t b, int64_t h, int64_t first, int rows, bool exact) {
+    const float masked = exact ? FILL : -std::numeric_limits<float>::infinity();
+    const int64_t i_hi = first + rows - 1, Tk = call.Tk;
+    for (int r = 0; r < rows; ++r) tile.state[r] = start_row(sink_of(call, b, h, first + r));
+    std::memset(tile.sums, 0, sizeof(float) * size_t(round_up(rows, MR)) * DVP);
+    constexpr int64_t SPAN = 16 * BLOCK;  // far masks (a window over a long context) are skipped by spans, then by blocks, then by panels
+    for (int64_t j_span = 0; j_span < Tk; j_span += SPAN) {
+        const int64_t span_end = j_span + SPAN < Tk ? j_span + SPAN : Tk;
+        if (!exact && !tile_may(call, b, h, first, i_hi, j_span, span_end - 1)) continue;
+        for (int64_t j_block = j_span; j_block < span_end; j_block += BLOCK) {
+            const int64_t block_end = j_block + BLOCK < Tk ? j_block + BLOCK : Tk;
+            if (!exact && !tile_may(call, b, h, first, i_hi, j_block, block_end - 1)) continue;
+            const bool block_full = tile_must(call, b, h, first, i_hi, j_block, block_end - 1);
+            for (int group = 0; group < rows; group += MR) {
+                const int group_rows = rows - group < MR ? rows - group : MR;
+                const int64_t i_lo = first + group, i_last = i_lo + group_rows - 1;
+                int64_t j_lo = j_block, j_hi = block_end;
+                bool full = block_full;
+                if (!full && !exact) {
+                    while (j_lo < j_hi && !tile_may(call, b, h, i_lo, i_last, j_lo, (j_lo + PANEL < j_hi ? j_lo + PANEL : j_hi) - 1)) j_lo += PANEL;
+                    while (j_lo < j_hi && !tile_may(call, b, h, i_lo, i_last, (j_hi - 1) / PANEL * PANEL, j_hi - 1)) j_hi = (j_hi - 1) / PANEL * PANEL;
+                    if (j_lo >= j_hi) continue;
+                    full = tile_must(call, b, h, i_lo, i_last, j_lo, j_hi - 1);
+                }
+                attend_block(call, tile, keys, values, b, h, first, group, group_rows, j_lo, j_hi, full, masked);
+            }
+        }
+    }
+}
+
+static void attend_packed(const Call& call) {
+    const int64_t panels = (call.Tk + PANEL - 1) / PANEL, key_size = panels * PANEL * D, value_size = call.Tk * DVP;
+    const int64_t key_group = call.H / call.Hk, value_group = call.H / call.Hv;
+    Buffer keys(call.B * call.Hk * key_size), values(call.B * call.Hv * value_size);
+    // Smaller tiles where there would be fewer than four for each thread.
+    int64_t tile_rows = TILE_ROWS;
+    while (tile_rows > 4 * MR && call.B * call.H * ((call.Tq + tile_rows - 1) / tile_rows) < 4 * omp_get_max_threads()) tile_rows -= 4 * MR;
+    const int64_t tiles = (call.Tq + tile_rows - 1) / tile_rows;
+#pragma omp parallel
+    {
+        Buffer scratch(TILE_ROWS * (D + DVP) + MR * BLOCK);
+        Tile tile;
+        tile.scores = scratch.data;
+        tile.q = tile.scores + MR * BLOCK;
+        tile.sums = tile.q + TILE_ROWS * D;
+#pragma omp for schedule(static) nowait
+        for (int64_t n = 0; n < call.B * call.Hk * panels; ++n)
+            pack_keys(call, n / panels / call.Hk, n / panels % call.Hk, n % panels, keys.data + n / panels * key_size + n % panels * PANEL * D);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < call.B * call.Hv * panels; ++n)
+            pack_values(call, n / panels / call.Hv, n / panels % call.Hv, n % panels, values.data + n / panels * value_size);
+        // Last rows first: under a causal mask they see most keys, and the short ones fill the end.
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t n = 0; n < call.B * call.H * tiles; ++n) {
+            const int64_t b = n / tiles / call.H, h = n / tiles % call.H, first = (tiles - 1 - n % tiles) * tile_rows;
+            const int rows = int(call.Tq - first < tile_rows ? call.Tq - first : tile_rows);
+            const float* k = keys.data + (b * call.Hk + h / key_group) * key_size;
+            const float* v = values.data + (b * call.Hv + h / value_group) * value_size;
+            load_queries(call, b, h, first, rows, tile.q);
+            attend_rows(call, tile, k, v, b, h, first, rows, false);
+            bool redo = false;
+            for (int r = 0; r < rows; ++r) redo |= needs_fill(tile.state[r]);
+            if (redo) attend_rows(call, tile, k, v, b, h, first, rows, true);
+            for (int r = 0; r < rows; ++r) write_row(call, b, h, first + r, tile.sums + r * DVP, tile.state[r]);
+        }
+    }
+}

@@ -1,0 +1,96 @@
+// The pieces of a row tile: matrix products of packed panels, and the running softmax of one row.
+//
+// Rows are taken MR at a time. For a block of keys the scores [MR, block] are made from panels of transposed keys
+// [D][PANEL], changed in place to probabilities, and multiplied with the values, so that they never leave the L1 cache.
+
+constexpr int PANEL = NV * VL;                              // keys in a packed panel
+constexpr int BLOCK = D <= 128 && DV <= 128 ? 256 : 128;    // keys between two updates of the running maximum: K and V blocks stay in L2
+constexpr int DVP = int(round_up(DV, VL));                  // value columns, padded
+constexpr int VALUE_STRIPES = (DVP / VL + NV - 1) / NV;     // values are packed in stripes of at most NV vectors
+constexpr int STRIPE = (DVP / VL + VALUE_STRIPES - 1) / VALUE_STRIPES;  // vectors in a stripe; the last may have fewer
+constexpr float LOG2E = 1.44269504088896341f;
+
+// c[MR][ldc] (+)= a[MR][lda] b[depth][N * VL]
+template <int N, bool accumulate>
+INLINE void multiply_rows(const float* __restrict a, int64_t lda, const float* __restrict b, int64_t depth, float* __restrict c, int64_t ldc) {
+    Vector sums[MR][N];
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) sums[r][n] = accumulate ? load_vector(c + r * ldc + n * VL) : Vector{};
+#pragma GCC unroll 2
+    for (int64_t d = 0; d < depth; ++d) {
+        Vector columns[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) columns[n] = load_vector(b + d * N * VL + n * VL);
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) sums[r][n] += a[r * lda + d] * columns[n];
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) store_vector(c + r * ldc + n * VL, sums[r][n]);
+}
+
+// A row's softmax so far: probabilities are 2^(x * LOG2E - base), base the scaled maximum; total is their sum.
+struct RowState {
+    float base, total;
+};
+
+// Nothing seen but the sink, one logit of the denominator (-inf for none).
+INLINE RowState start_row(float sink) {
+    const float infinity = std::numeric_limits<float>::infinity();
+    return {sink * LOG2E, sink == -infinity ? 0.0f : (sink < infinity ? 1.0f : std::numeric_limits<float>::quiet_NaN())};
+}
+
+// scores[0, width) become probabilities; returns the factor by which the row's earlier sums shrink. Up to the next
+// multiple of VL the row is written with zeros.
+INLINE float update_row(RowState& state, float* __restrict scores, int64_t width) {
+    const float infinity = std::numeric_limits<float>::infinity();
+    const int64_t padded = round_up(width, VL);
+    for (int64_t j = width; j < padded; ++j) scores[j] = -infinity;
+    Vector tops[2] = {broadcast(-infinity), broadcast(-infinity)};
+    int64_t j = 0;
+    for (; j + 2 * VL <= padded; j += 2 * VL) {
+        tops[0] = larger(load_vector(scores + j), tops[0]);
+        tops[1] = larger(load_vector(scores + j + VL), tops[1]);
+    }
+    if (j < padded) tops[0] = larger(load_vector(scores + j), tops[0]);
+    const float top = max_of(larger(tops[0], tops[1])) * LOG2E;
+    const float base = top > state.base ? top : state.base;  // a NaN score is no maximum: it reaches the row by its probability
+    const float shift = base == -infinity ? 0.0f : base;     // no key so far: -inf - -inf would be NaN
+    const float shrink = state.base == base ? 1.0f : std::exp2(state.base - shift);
+    Vector sums[2] = {Vector{}, Vector{}};
+    for (j = 0; j + 2 * VL <= padded; j += 2 * VL) {
+        const Vector p0 = exp2_of(load_vector(scores + j) * LOG2E - shift), p1 = exp2_of(load_vector(scores + j + VL) * LOG2E - shift);
+        store_vector(scores + j, p0);
+        store_vector(scores + j + VL, p1);
+        sums[0] += p0;
+        sums[1] += p1;
+    }
+    if (j < padded) {
+        const Vector p = exp2_of(load_vector(scores + j) * LOG2E - shift);
+        store_vector(scores + j, p);
+        sums[0] += p;
+    }
+    state = {base, state.total * shrink + sum_of(sums[0] + sums[1])};
+    return shrink;
+}
+
+// Could masked keys, whose score is the finite FILL, add to this row? exp(FILL - maximum) is 0 in float32 below -104.
+INLINE bool needs_fill(const RowState& state) {
+    return FINITE_FILL && double(state.base) <= (double(FILL) + 104.0) * double(LOG2E);
+}
+
+INLINE void write_row(const Call& call, int64_t b, int64_t h, int64_t i, const float* sums, const RowState& state) {
+    const bool empty = EMPTY_IS_ZERO && state.total == 0.0f;
+    const float factor = empty ? 0.0f : 1.0f / state.total;  // a row that saw nothing is 0 * inf = NaN
+    const int64_t* stride = call.out_stride;
+    Element* out = call.out + b * stride[0] + h * stride[1] + i * stride[2];
+    if (stride[3] == 1)
+        for (int d = 0; d < DV; ++d) store_element(out + d, sums[d] * factor);
+    else
+        for (int d = 0; d < DV; ++d) store_element(out + d * stride[3], sums[d] * factor);
+}

@@ -1,0 +1,224 @@
+"""The part of an attention kernel that its variant decides: the captures, the score and mask of a row, the tests of a tile, the sink."""
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+
+import sympy
+import torch
+
+from ...compiler.errors import UnsupportedError
+from ...compiler.ir import interval as iv
+from ...compiler.ir import scalar as sc
+from ...compiler.ir.attention import Variant
+from .printer import CppPrinter
+
+ELEMENTS = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16", torch.float64: "double", torch.int64: "int64_t", torch.int32: "int32_t",
+            torch.int16: "int16_t", torch.int8: "int8_t", torch.uint8: "uint8_t", torch.bool: "uint8_t"}
+#: largest magnitude of an element
+_BOUNDS = {torch.int64: 1 << 63, torch.int32: 1 << 31, torch.int16: 1 << 15, torch.int8: 1 << 7, torch.uint8: 255, torch.bool: 1}
+#: a masked score above this is part of the score, not a mask: exp(fill - maximum) would rarely be zero
+_LOWEST_ORDINARY_FILL = -1e3
+_PLAIN = (sc.B, sc.H, sc.I, sc.J)
+
+
+@dataclasses.dataclass(frozen=True)
+class Captures:
+    """dtypes and ranks of c0, c1, ..."""
+
+    dtypes: tuple[torch.dtype, ...]
+    ranks: tuple[int, ...]
+
+    def __post_init__(self):
+        for k, dtype in enumerate(self.dtypes):
+            if dtype not in ELEMENTS:
+                raise UnsupportedError(f"a C++ kernel cannot read c{k} of dtype {dtype}", cure="cast the captured tensor to a float or integer dtype")
+
+    def printer(self, checked: dict | None = None) -> CppPrinter:
+        """checked: index expression -> True where the flag `inside` vouches for it."""
+
+        def load_text(k, indices):
+            if k >= len(self.ranks) or len(indices) != self.ranks[k]:
+                raise UnsupportedError(f"c{k} is read with {len(indices)} indices and has {self.ranks[k] if k < len(self.ranks) else 'no'} dimensions")
+            offsets = [f"{self._index(printer, index, f'call.c{k}_size[{d}]', checked)} * call.c{k}_stride[{d}]" for d, index in enumerate(indices)]
+            return f"element(call.c{k}[{' + '.join(offsets) or '0'}])"
+
+        printer = CppPrinter(load_text, {k: _BOUNDS[dtype] for k, dtype in enumerate(self.dtypes) if dtype in _BOUNDS})
+        return printer
+
+    @staticmethod
+    def _index(printer, index, size, checked):
+        if index in _PLAIN or index in (iv.I_LO, iv.I_HI, iv.J_LO, iv.J_HI):
+            return f"int64_t({printer(index)})"
+        if index.is_Integer:
+            return str(int(index)) if index >= 0 else f"({size} - {-int(index)})"
+        return f"at{'<inside>' if checked and checked.get(index) else ''}({printer(index)}, {size})"
+
+
+def simplify(variant: Variant) -> tuple:
+    """(score, mask, fill): fill in float32; a fill that is no large negative number becomes part of the score."""
+    score, mask = variant.score_expr, variant.mask_expr
+    fill = float(torch.tensor(variant.fill, dtype=torch.float64).to(torch.float32))
+    if mask is not sympy.true and not fill < _LOWEST_ORDINARY_FILL:
+        return sc.select(mask, score, sc.number(fill)), sympy.true, -math.inf
+    return score, mask, fill
+
+
+def linear_scale(score) -> float | None:
+    """c where the score is c*s with an ordinary c: it is then multiplied into the queries."""
+    if score == sc.S:
+        return 1.0
+    if isinstance(score, sc.fmul) and sc.is_const(score.args[0]) and score.args[1] == sc.S:
+        scale = float(score.args[0])
+        return scale if math.isfinite(scale) and scale != 0 else None
+    return None
+
+
+class _Placement:
+    """Gives every part of the expressions its place: once a row where no key position occurs in it, else once a key."""
+
+    def __init__(self, *exprs):
+        self.row, self.key, self.memo = [], [], {}
+        self.uses = collections.Counter(node for e in exprs for node in sympy.preorder_traversal(e) if isinstance(node, sc.call))
+        self.exprs = [self.place(e) for e in exprs]
+
+    def place(self, e):
+        if not e.args:
+            return e
+        if e not in self.memo:
+            self.memo[e] = self._place(e)
+        return self.memo[e]
+
+    def _place(self, e):
+        if not e.has(sc.J, sc.S) and e.has(sc.load, sc.call):
+            return self._bind(self.row, e, e, "_row")
+        placed = e.func(*map(self.place, e.args))
+        if isinstance(e, sc.load) or (isinstance(e, sc.call) and self.uses[e] > 1):
+            return self._bind(self.key, e, placed, "_key")
+        return placed
+
+    def _bind(self, place, e, value, suffix):
+        if isinstance(e, sc.load):
+            stem = e.args[0].name
+        else:
+            stem = e.args[0].name if isinstance(e, sc.call) else "value"
+        taken = {symbol.name for symbol, _ in self.row + self.key}
+        name, count = stem + suffix, 1
+        while name in taken:
+            count += 1
+            name = f"{stem}{suffix}{count}"
+        symbol = sympy.Symbol(name, integer=True) if sc.is_int(e) else sympy.Symbol(name)
+        place.append((symbol, value))
+        return symbol
+
+
+def row_source(captures: Captures, score, mask) -> str:
+    """``score_row``: raw dot products to scores, in place, with `masked` where the mask does not hold."""
+    plain = linear_scale(score) is not None
+    if plain and mask is sympy.true:
+        return ("// the scale is in the queries and every key is visible: nothing to do\n"
+                "INLINE void score_row(const Call&, float*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float) {}\n")
+    placement = _Placement(sc.S if plain else score, mask)
+    score, mask = placement.exprs
+    checked, conditions = _in_range(placement, captures)
+    printer = captures.printer(checked)
+    value = lambda e: printer(e) if sc.is_bool(e) else (printer(e) if sc.is_int(e) else printer.real(e))  # noqa: E731
+    # A condition that was bound to a symbol prints as itself.
+    row_lines = [f"    const auto {symbol.name} = {value(e)};" for symbol, e in placement.row]
+    key_lines = [f"        const auto {symbol.name} = {value(e)};" for symbol, e in placement.key]
+    inside = " && ".join(conditions)
+    body = [
+        "template <class Int, bool masks, bool inside>",
+        "static void score_keys(const Call& call, float* __restrict scores, int64_t batch, int64_t head, int64_t row, int64_t first_key, int width, float masked) {",
+        *_locals([e for _, e in placement.row + placement.key] + [score, mask], "Int", {"b": "batch", "h": "head", "i": "row"}),
+        *row_lines,
+        "    for (int n = 0; n < width; ++n) {",
+        "        [[maybe_unused]] const Int j = Int(first_key) + n;",
+        "        [[maybe_unused]] const float s = scores[n];",
+        *key_lines,
+        f"        const float score = {printer.real(score)};",
+        f"        scores[n] = !masks || ({printer(mask)}) ? score : masked;",
+        "    }",
+        "}",
+        "",
+        "INLINE void score_row(const Call& call, float* scores, int64_t b, int64_t h, int64_t i, int64_t j_lo, int64_t width, bool full, float masked) {",
+    ]
+    if plain:
+        body.append("    if (full) return;  // the scale is in the queries")
+    symbols = "call, scores, b, h, i, j_lo, int(width), masked"
+    variants = [("false", "full"), ("true", "")] if not plain and mask is not sympy.true else [("true" if plain else "false", "")]
+    if conditions:
+        body += [*_locals([], "int64_t", {}), f"    const bool inside = indices_inside(call, b, h, i, j_lo, j_lo + width - 1);"]
+    for masks, condition in variants:
+        prefix = f"    if ({condition}) {{" if condition else "    {"
+        body.append(prefix)
+        if conditions:
+            body.append(f"        if (call.is_narrow && inside) return score_keys<int32_t, {masks}, true>({symbols});")
+        body.append(f"        if (call.is_narrow) return score_keys<int32_t, {masks}, false>({symbols});")
+        body.append(f"        return score_keys<int64_t, {masks}, false>({symbols});")
+        body.append("    }")
+    body.append("}")
+    if conditions:
+        body[0:0] = _inside_source(placement, captures, inside)
+    return "\n".join(body) + "\n"
+
+
+def _in_range(placement, captures):
+    """Which computed indices a test of a row's ends can vouch for, and those tests as text (the rest wraps at every key)."""
+    checked, conditions = {}, []
+    moving = {symbol for symbol, _ in placement.key}
+    plain = captures.printer()
+    for _, e in placement.key:
+        for element in sc.loads(e) if e.has(sc.load) else ():
+            k = int(element.args[0].name[1:])
+            for d, index in enumerate(element.args[1:]):
+                if index in _PLAIN or index.is_Integer or index.has(*moving) if moving else False:
+                    continue
+                ends = iv.interval(index, {sc.J: (iv.J_LO, iv.J_HI)})
+                if ends is None or index.has(sc.load):
+                    continue
+                checked[index] = True
+                condition = f"({plain(ends[0])} >= 0) & ({plain(ends[1])} < call.c{k}_size[{d}])"
+                if condition not in conditions:
+                    conditions.append(condition)
+    return checked, conditions
+
+
+def _inside_source(placement, captures, inside):
+    printer = captures.printer()
+    return ["// are the computed indices of the keys [j_lo, j_hi] inside their tensors, so that none counts from the end?",
+            "INLINE bool indices_inside([[maybe_unused]] const Call& call, [[maybe_unused]] int64_t b, [[maybe_unused]] int64_t h, [[maybe_unused]] int64_t i, int64_t j_lo, int64_t j_hi) {",
+            *_locals([], "int64_t", {}, every=True),
+            *[f"    [[maybe_unused]] const auto {symbol.name} = {printer(e) if sc.is_bool(e) or sc.is_int(e) else printer.real(e)};" for symbol, e in placement.row],
+            f"    return {inside};", "}", ""]
+
+
+def tile_source(captures: Captures, mask) -> str:
+    """``tile_may`` and ``tile_must``: may any, do all keys [j_lo, j_hi] be seen from the rows [i_lo, i_hi]? (iv.tile as code)"""
+    must, may = iv.tile(mask)
+    printer = captures.printer()
+    functions = []
+    for name, condition in (("tile_may", may), ("tile_must", must)):
+        used = {symbol.name for symbol in condition.free_symbols}
+        parameters = ", ".join(f"int64_t {x if x in used else ''}".rstrip() for x in ("b", "h", "i_lo", "i_hi", "j_lo", "j_hi"))
+        lines = _locals([condition], "int64_t", {})
+        functions.append(f"INLINE bool {name}([[maybe_unused]] const Call& call, {parameters}) {{\n" + "".join(line + "\n" for line in lines) + f"    return {printer(condition)};\n}}\n")
+    return "".join(functions)
+
+
+def sink_source(captures: Captures, sink) -> str:
+    """``sink_of``: the extra logit of a row, -inf for none."""
+    lines = _locals([sink] if sink is not None else [], "int64_t", {})
+    text = captures.printer().real(sink) if sink is not None else "-std::numeric_limits<float>::infinity()"
+    head = "INLINE float sink_of([[maybe_unused]] const Call& call, [[maybe_unused]] int64_t b, [[maybe_unused]] int64_t h, [[maybe_unused]] int64_t i) {"
+    return "\n".join([head, *lines, f"    return {text};", "}"]) + "\n"
+
+
+def _locals(exprs, kind, renamed, every=False):
+    used = {symbol.name for e in exprs for symbol in e.free_symbols}
+    lines = [f"    [[maybe_unused]] const {kind} {name} = {kind}({source});" for name, source in renamed.items() if name in used]
+    for name in sorted(used):
+        if name in ("Tq", "Tk") or (name[0] == "n" and name[1:].isdigit()):
+            lines.append(f"    const {kind} {name} = {kind}(call.{name});")
+    return lines

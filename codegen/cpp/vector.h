@@ -1,0 +1,156 @@
+// Vectors of floats by GCC's and clang's vector extensions, 16-bit floats, and the exponential of the softmax.
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <type_traits>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+// A micro-kernel holds MR rows x NV vectors of sums in registers: 6 x 4 of AVX-512's 32, 6 x 2 of the 16 of AVX2 and SSE.
+#if defined(__AVX512F__)
+constexpr int VL = 16, MR = 6, NV = 4;
+#elif defined(__AVX2__)
+constexpr int VL = 8, MR = 6, NV = 2;
+#else
+constexpr int VL = 4, MR = 6, NV = 2;
+#endif
+
+typedef float Vector __attribute__((vector_size(VL * 4)));
+typedef float LooseVector __attribute__((vector_size(VL * 4), aligned(4), may_alias));  // at any address
+typedef int32_t IntVector __attribute__((vector_size(VL * 4)));
+typedef uint32_t BitVector __attribute__((vector_size(VL * 4)));
+typedef uint16_t ShortVector __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+
+struct Half { uint16_t bits; };      // IEEE binary16
+struct BFloat16 { uint16_t bits; };  // the upper half of a float
+
+template <class To, class From>
+INLINE To bit_cast(From x) {
+    static_assert(sizeof(To) == sizeof(From), "");
+    To y;
+    std::memcpy(&y, &x, sizeof(y));
+    return y;
+}
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// ---- element(x): what the scalar language computes with, float or integer
+
+INLINE float element(float x) { return x; }
+INLINE float element(double x) { return float(x); }
+INLINE float element(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+INLINE float element(Half x) {  // integer operations only, so that it vectorises without F16C
+    const float magnitude = bit_cast<float>(uint32_t(x.bits & 0x7fff) << 13) * 0x1p112f;
+    const uint32_t bits = bit_cast<uint32_t>(magnitude) | (magnitude >= 65536.0f ? 0x7f800000u : 0u);  // inf, NaN
+    return bit_cast<float>(bits | uint32_t(x.bits & 0x8000) << 16);
+}
+INLINE int64_t element(int64_t x) { return x; }
+INLINE int32_t element(int32_t x) { return x; }
+INLINE int32_t element(int16_t x) { return x; }
+INLINE int32_t element(int8_t x) { return x; }
+INLINE int32_t element(uint8_t x) { return x; }
+
+// ---- floats to the output's dtype, rounded to nearest even
+
+INLINE void store_element(float* p, float x) { *p = x; }
+INLINE void store_element(BFloat16* p, float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    p->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+INLINE void store_element(Half* p, float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    uint32_t half;
+    if (magnitude > 0x7f800000) half = 0x7e00;          // NaN
+    else if (magnitude >= 0x477ff000) half = 0x7c00;    // from 65520 on: inf
+    else if (magnitude >= 0x38800000) half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    else half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;  // subnormal: 0.5 has an ulp of 2^-24
+    p->bits = uint16_t(sign | half);
+}
+
+// ---- vectors
+
+INLINE Vector broadcast(float x) { return x - Vector{}; }
+INLINE Vector load_vector(const float* p) { return *reinterpret_cast<const LooseVector*>(p); }
+INLINE Vector load_vector(const BFloat16* p) {
+    return bit_cast<Vector>(__builtin_convertvector(*reinterpret_cast<const ShortVector*>(p), BitVector) << 16);
+}
+INLINE Vector load_vector(const Half* p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    Vector x;
+    for (int lane = 0; lane < VL; ++lane) x[lane] = element(p[lane]);
+    return x;
+#endif
+}
+INLINE void store_vector(float* p, Vector x) { *reinterpret_cast<LooseVector*>(p) = x; }
+
+// The first `count` elements, zeros behind them.
+template <class Element>
+INLINE Vector load_part(const Element* p, int count) {
+    float lanes[VL] = {};
+    for (int lane = 0; lane < count; ++lane) lanes[lane] = element(p[lane]);
+    return load_vector(lanes);
+}
+
+INLINE Vector larger(Vector x, Vector y) { return x > y ? x : y; }  // y where x is NaN
+
+INLINE float sum_of(Vector x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(x);
+#else
+    float total = 0;
+    for (int lane = 0; lane < VL; ++lane) total += x[lane];
+    return total;
+#endif
+}
+INLINE float max_of(Vector x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(x);
+#else
+    float top = x[0];
+    for (int lane = 1; lane < VL; ++lane) top = x[lane] > top ? x[lane] : top;
+    return top;
+#endif
+}
+
+// 2^x, within 2 ulp. NaN stays NaN; below 2^-126 the result is 0. For x <= 127, as after the subtraction of a maximum.
+INLINE Vector exp2_of(Vector x) {
+    constexpr float ROUND = 0x1.8p23f;  // adding it rounds to an integer, which is left in the low bits
+    const Vector t = x < -150.0f ? broadcast(-150.0f) : x;
+    const Vector shifted = t + ROUND, f = t - (shifted - ROUND);
+    // minimax over [-1/2, 1/2], relative error 7.5e-8
+    Vector p = f * 1.32764725e-3f + 9.67554096e-3f;
+    p = p * f + 5.55071309e-2f;
+    p = p * f + 2.40221202e-1f;
+    p = p * f + 6.93146944e-1f;
+    p = p * f + 1.00000012f;
+#if defined(__AVX512F__)
+    return _mm512_scalef_ps(p, shifted - ROUND);
+#else
+    const Vector scaled = bit_cast<Vector>(bit_cast<BitVector>(p) + (bit_cast<BitVector>(shifted) << 23));
+    return t >= -126.0f ? scaled : (t < -126.0f ? Vector{} : t);
+#endif
+}
+
+// ---- memory
+
+// Floats at a cache line's start; a thread's scratch, freed at the end of its scope.
+struct Buffer {
+    float* data;
+    explicit Buffer(int64_t count) : data(static_cast<float*>(std::aligned_alloc(64, round_up(count * 4 + 64, 64)))) {
+        if (data == nullptr) throw std::bad_alloc();
+    }
+    ~Buffer() { std::free(data); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+};
