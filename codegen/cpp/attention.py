@@ -21,6 +21,7 @@ import sympy
 import torch
 
 from ...compiler.errors import UnsupportedError
+from ...compiler.ir import scalar as sc
 from ...compiler.ir.attention import Variant
 from ...compiler.ir.kernel import Kernel
 from .printer import SIZE_LIMIT, CppPrinter
@@ -60,7 +61,7 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         f"constexpr int D = {head_dim}, DV = {value_dim};\n"
         f"constexpr float SCALE = {number(scale if scale is not None else 1.0)};  // of the dot product\n"
         f"constexpr float FILL = {number(fill)};  // the score of a masked key\n"
-        f"constexpr bool FINITE_FILL = {str(math.isfinite(fill) and mask is not sympy.true).lower()}, EMPTY_IS_ZERO = {str(variant.empty == 'zero').lower()};\n",
+        f"constexpr bool FINITE_FILL = {str(math.isfinite(fill) and mask is not sympy.true).lower()}, EMPTY_IS_ZERO = {str(variant.empty == 'zero').lower()}, MASK_USES_HEAD = {str(mask.has(sc.H)).lower()};\n",
         _call_source(captures, num_sizes),
         row_source(captures, score, mask),
         tile_source(captures, mask),

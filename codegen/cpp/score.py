@@ -20,7 +20,7 @@ ELEMENTS = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFlo
 _BOUNDS = {torch.int64: 1 << 63, torch.int32: 1 << 31, torch.int16: 1 << 15, torch.int8: 1 << 7, torch.uint8: 255, torch.bool: 1}
 #: a masked score above this is part of the score, not a mask: exp(fill - maximum) would rarely be zero
 _LOWEST_ORDINARY_FILL = -1e3
-_PLAIN = (sc.B, sc.H, sc.I, sc.J)
+_PLAIN = (sc.B, sc.H, sc.I, sc.J, iv.I_LO, iv.I_HI, iv.J_LO, iv.J_HI)  # indices that are positions: in range wherever the definition reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Captures:
             if dtype not in ELEMENTS:
                 raise UnsupportedError(f"a C++ kernel cannot read c{k} of dtype {dtype}", cure="cast the captured tensor to a float or integer dtype")
 
-    def printer(self, checked: dict | None = None) -> CppPrinter:
-        """checked: index expression -> True where the flag `inside` vouches for it."""
+    def printer(self, checked: set = frozenset()) -> CppPrinter:
+        """checked: index expressions for which the flag `inside` vouches."""
 
         def load_text(k, indices):
             if k >= len(self.ranks) or len(indices) != self.ranks[k]:
@@ -49,11 +49,11 @@ class Captures:
 
     @staticmethod
     def _index(printer, index, size, checked):
-        if index in _PLAIN or index in (iv.I_LO, iv.I_HI, iv.J_LO, iv.J_HI):
+        if index in _PLAIN:
             return f"int64_t({printer(index)})"
         if index.is_Integer:
             return str(int(index)) if index >= 0 else f"({size} - {-int(index)})"
-        return f"at{'<inside>' if checked and checked.get(index) else ''}({printer(index)}, {size})"
+        return f"at{'<inside>' if index in checked else ''}({printer(index)}, {size})"
 
 
 def simplify(variant: Variant) -> tuple:
@@ -83,6 +83,10 @@ class _Placement:
         self.uses = collections.Counter(node for e in exprs for node in sympy.preorder_traversal(e) if isinstance(node, sc.call))
         self.exprs = [self.place(e) for e in exprs]
 
+    @property
+    def values(self):
+        return [e for _, e in self.row + self.key]
+
     def place(self, e):
         if not e.args:
             return e
@@ -99,10 +103,7 @@ class _Placement:
         return placed
 
     def _bind(self, place, e, value, suffix):
-        if isinstance(e, sc.load):
-            stem = e.args[0].name
-        else:
-            stem = e.args[0].name if isinstance(e, sc.call) else "value"
+        stem = e.args[0].name if isinstance(e, (sc.load, sc.call)) else "value"
         taken = {symbol.name for symbol, _ in self.row + self.key}
         name, count = stem + suffix, 1
         while name in taken:
@@ -121,77 +122,65 @@ def row_source(captures: Captures, score, mask) -> str:
                 "INLINE void score_row(const Call&, float*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float) {}\n")
     placement = _Placement(sc.S if plain else score, mask)
     score, mask = placement.exprs
-    checked, conditions = _in_range(placement, captures)
-    printer = captures.printer(checked)
-    value = lambda e: printer(e) if sc.is_bool(e) else (printer(e) if sc.is_int(e) else printer.real(e))  # noqa: E731
-    # A condition that was bound to a symbol prints as itself.
-    row_lines = [f"    const auto {symbol.name} = {value(e)};" for symbol, e in placement.row]
-    key_lines = [f"        const auto {symbol.name} = {value(e)};" for symbol, e in placement.key]
-    inside = " && ".join(conditions)
-    body = [
+    checks = _index_checks(placement)
+    printer = captures.printer({index for index, *_ in checks})
+    loop = [
         "template <class Int, bool masks, bool inside>",
         "static void score_keys(const Call& call, float* __restrict scores, int64_t batch, int64_t head, int64_t row, int64_t first_key, int width, float masked) {",
-        *_locals([e for _, e in placement.row + placement.key] + [score, mask], "Int", {"b": "batch", "h": "head", "i": "row"}),
-        *row_lines,
+        *_locals([*placement.values, score, mask], "Int", {"b": "batch", "h": "head", "i": "row"}),
+        *_definitions(placement.row, printer, 4),
         "    for (int n = 0; n < width; ++n) {",
-        "        [[maybe_unused]] const Int j = Int(first_key) + n;",
-        "        [[maybe_unused]] const float s = scores[n];",
-        *key_lines,
+        "        const Int j = Int(first_key) + n;",
+        "        const float s = scores[n];",
+        *_definitions(placement.key, printer, 8),
         f"        const float score = {printer.real(score)};",
         f"        scores[n] = !masks || ({printer(mask)}) ? score : masked;",
         "    }",
         "}",
         "",
-        "INLINE void score_row(const Call& call, float* scores, int64_t b, int64_t h, int64_t i, int64_t j_lo, int64_t width, bool full, float masked) {",
     ]
+    choose = ["INLINE void score_row(const Call& call, float* scores, int64_t b, int64_t h, int64_t i, int64_t j_lo, int64_t width, bool full, float masked) {"]
     if plain:
-        body.append("    if (full) return;  // the scale is in the queries")
-    symbols = "call, scores, b, h, i, j_lo, int(width), masked"
-    variants = [("false", "full"), ("true", "")] if not plain and mask is not sympy.true else [("true" if plain else "false", "")]
-    if conditions:
-        body += [*_locals([], "int64_t", {}), f"    const bool inside = indices_inside(call, b, h, i, j_lo, j_lo + width - 1);"]
-    for masks, condition in variants:
-        prefix = f"    if ({condition}) {{" if condition else "    {"
-        body.append(prefix)
-        if conditions:
-            body.append(f"        if (call.is_narrow && inside) return score_keys<int32_t, {masks}, true>({symbols});")
-        body.append(f"        if (call.is_narrow) return score_keys<int32_t, {masks}, false>({symbols});")
-        body.append(f"        return score_keys<int64_t, {masks}, false>({symbols});")
-        body.append("    }")
-    body.append("}")
-    if conditions:
-        body[0:0] = _inside_source(placement, captures, inside)
-    return "\n".join(body) + "\n"
+        choose.append("    if (full) return;  // the scale is in the queries")
+    arguments = "(call, scores, b, h, i, j_lo, int(width), masked)"
+    if checks:
+        choose.append("    const bool inside = indices_inside(call, b, h, i, j_lo, j_lo + width - 1);")
+    for masks, when in ((False, "full && "), (True, "")) if not plain and mask is not sympy.true else ((plain, ""),):
+        for kind, inside, condition in (("int32_t", True, "call.is_narrow && inside"), ("int32_t", False, "call.is_narrow"), ("int64_t", False, "true")):
+            if checks or not inside:
+                test = f"if ({when}{condition}) ".replace(" && true", "").replace("if (true) ", "")
+                choose.append(f"    {test}return score_keys<{kind}, {str(masks).lower()}, {str(inside).lower()}>{arguments};")
+    return "\n".join([*_inside_source(placement, captures, checks), *loop, *choose, "}"]) + "\n"
 
 
-def _in_range(placement, captures):
-    """Which computed indices a test of a row's ends can vouch for, and those tests as text (the rest wraps at every key)."""
-    checked, conditions = {}, []
+def _definitions(bound, printer, indent) -> list[str]:
+    text = lambda e: printer(e) if sc.is_bool(e) or sc.is_int(e) else printer.real(e)  # noqa: E731
+    return [f"{' ' * indent}const auto {symbol.name} = {text(e)};" for symbol, e in bound]
+
+
+def _index_checks(placement) -> list[tuple]:
+    """(index, lowest, highest, size) of the computed indices that a test of a row's first and last key can vouch for; the others wrap at every key."""
     moving = {symbol for symbol, _ in placement.key}
-    plain = captures.printer()
+    checks = {}
     for _, e in placement.key:
-        for element in sc.loads(e) if e.has(sc.load) else ():
-            k = int(element.args[0].name[1:])
+        for element in sc.loads(e):
             for d, index in enumerate(element.args[1:]):
-                if index in _PLAIN or index.is_Integer or index.has(*moving) if moving else False:
-                    continue
-                ends = iv.interval(index, {sc.J: (iv.J_LO, iv.J_HI)})
-                if ends is None or index.has(sc.load):
-                    continue
-                checked[index] = True
-                condition = f"({plain(ends[0])} >= 0) & ({plain(ends[1])} < call.c{k}_size[{d}])"
-                if condition not in conditions:
-                    conditions.append(condition)
-    return checked, conditions
+                if index not in _PLAIN and not index.is_Integer and not index.has(sc.load, *moving):
+                    ends = iv.interval(index, {sc.J: (iv.J_LO, iv.J_HI)})
+                    if ends is not None:
+                        checks[index, f"call.{element.args[0].name}_size[{d}]"] = ends
+    return [(index, lo, hi, size) for (index, size), (lo, hi) in checks.items()]
 
 
-def _inside_source(placement, captures, inside):
+def _inside_source(placement, captures, checks) -> list[str]:
+    if not checks:
+        return []
     printer = captures.printer()
-    return ["// are the computed indices of the keys [j_lo, j_hi] inside their tensors, so that none counts from the end?",
-            "INLINE bool indices_inside([[maybe_unused]] const Call& call, [[maybe_unused]] int64_t b, [[maybe_unused]] int64_t h, [[maybe_unused]] int64_t i, int64_t j_lo, int64_t j_hi) {",
-            *_locals([], "int64_t", {}, every=True),
-            *[f"    [[maybe_unused]] const auto {symbol.name} = {printer(e) if sc.is_bool(e) or sc.is_int(e) else printer.real(e)};" for symbol, e in placement.row],
-            f"    return {inside};", "}", ""]
+    return ["// Are the computed indices of the keys [j_lo, j_hi] inside their tensors, so that none counts from the end?",
+            f"INLINE bool indices_inside(const Call& call, int64_t b, int64_t h, int64_t i, int64_t j_lo, int64_t j_hi) {{",
+            *_locals([*(e for _, e in placement.row), *(end for _, lo, hi, _ in checks for end in (lo, hi))], "int64_t", {}),
+            *_definitions(placement.row, printer, 4),
+            f"    return {' & '.join(f'({printer(lo)} >= 0) & ({printer(hi)} < {size})' for _, lo, hi, size in checks)};", "}", ""]
 
 
 def tile_source(captures: Captures, mask) -> str:
@@ -200,24 +189,22 @@ def tile_source(captures: Captures, mask) -> str:
     printer = captures.printer()
     functions = []
     for name, condition in (("tile_may", may), ("tile_must", must)):
-        used = {symbol.name for symbol in condition.free_symbols}
-        parameters = ", ".join(f"int64_t {x if x in used else ''}".rstrip() for x in ("b", "h", "i_lo", "i_hi", "j_lo", "j_hi"))
-        lines = _locals([condition], "int64_t", {})
-        functions.append(f"INLINE bool {name}([[maybe_unused]] const Call& call, {parameters}) {{\n" + "".join(line + "\n" for line in lines) + f"    return {printer(condition)};\n}}\n")
-    return "".join(functions)
+        parameters = ", ".join(f"int64_t {x}" for x in ("b", "h", "i_lo", "i_hi", "j_lo", "j_hi"))
+        functions += [f"INLINE bool {name}(const Call& call, {parameters}) {{", *_locals([condition], "int64_t", {}), f"    return {printer(condition)};", "}"]
+    return "\n".join(functions) + "\n"
 
 
 def sink_source(captures: Captures, sink) -> str:
     """``sink_of``: the extra logit of a row, -inf for none."""
     lines = _locals([sink] if sink is not None else [], "int64_t", {})
     text = captures.printer().real(sink) if sink is not None else "-std::numeric_limits<float>::infinity()"
-    head = "INLINE float sink_of([[maybe_unused]] const Call& call, [[maybe_unused]] int64_t b, [[maybe_unused]] int64_t h, [[maybe_unused]] int64_t i) {"
+    head = f"INLINE float sink_of(const Call& call, int64_t b, int64_t h, int64_t i) {{"
     return "\n".join([head, *lines, f"    return {text};", "}"]) + "\n"
 
 
-def _locals(exprs, kind, renamed, every=False):
+def _locals(exprs, kind, renamed) -> list[str]:
     used = {symbol.name for e in exprs for symbol in e.free_symbols}
-    lines = [f"    [[maybe_unused]] const {kind} {name} = {kind}({source});" for name, source in renamed.items() if name in used]
+    lines = [f"    const {kind} {name} = {kind}({source});" for name, source in renamed.items() if name in used]
     for name in sorted(used):
         if name in ("Tq", "Tk") or (name[0] == "n" and name[1:].isdigit()):
             lines.append(f"    const {kind} {name} = {kind}(call.{name});")

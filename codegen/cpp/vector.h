@@ -1,9 +1,11 @@
 // Vectors of floats by GCC's and clang's vector extensions, 16-bit floats, and the exponential of the softmax.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <new>
 #include <type_traits>
 #include <utility>
