@@ -55,3 +55,17 @@ def source_of(node: Node) -> str:
     path, line, function, code = frames[-1]
     short = "/".join(path.replace("\\", "/").split("/")[-2:])
     return f"{short}:{line} in {function}" + (f": {code.strip()}" if code else "")
+
+
+def insert(graph: torch.fx.Graph, target, *args, **kwargs) -> Node:
+    """Add a call at the graph's insertion point, with its fake value computed; returns the node (or the number, when all is static)."""
+    def fake(x):
+        return torch.fx.node.map_arg(x, lambda n: n.meta["val"])
+
+    with torch.no_grad():
+        known = target(*fake(args), **fake(kwargs))
+    if isinstance(known, int):
+        return known
+    node = graph.call_function(target, args, kwargs)
+    node.meta["val"] = known
+    return node

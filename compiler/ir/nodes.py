@@ -123,6 +123,10 @@ class fpow(FloatOp):
 class call(FloatOp):
     """``tanh(x)``: call(tanh, x), a unary function of the table `UNARY`."""
 
+    @property
+    def free_symbols(self):  # the function's name is no variable
+        return self.args[1].free_symbols
+
     def _eval_derivative(self, symbol):
         name, x = self.args
         dx = x.diff(symbol)
@@ -135,6 +139,10 @@ class compare(BooleanFunction):
     @classmethod
     def eval(cls, *args):
         return None
+
+    @property
+    def free_symbols(self):  # the operator is no variable
+        return self.args[1].free_symbols | self.args[2].free_symbols
 
 
 _LE, _GE = Symbol("<="), Symbol(">=")

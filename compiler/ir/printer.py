@@ -89,7 +89,7 @@ class Printer:
             return f"{self.emit(x, ADD)} - {self.emit(y, MUL)}", ADD
         if isinstance(e, sc.fmul):
             x, y = e.args
-            if x == -1:
+            if sc.equals(x, -1):
                 return f"-{self.emit(y, UNARY)}", UNARY
             return f"{self.emit(x, MUL)}*{self.emit(y, UNARY)}", MUL
         if isinstance(e, sc.fdiv):

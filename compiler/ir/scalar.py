@@ -29,7 +29,8 @@ from .nodes import FloatOp, call, compare, fadd, fdiv, floordiv, fmax, fmin, fmu
 S = Symbol("s", real=True)
 B, H, I, J = (Symbol(name, integer=True, nonnegative=True) for name in "bhij")
 TQ, TK = (Symbol(name, integer=True, positive=True) for name in ("Tq", "Tk"))
-NAMES = {symbol.name: symbol for symbol in (S, B, H, I, J, TQ, TK)}
+T = Symbol("t", integer=True)  # the variable of a table, see table.py
+NAMES = {symbol.name: symbol for symbol in (S, B, H, I, J, TQ, TK, T)}
 
 
 def size_symbol(k: int) -> Symbol:
@@ -78,6 +79,11 @@ def number(value):
     return Float(value)
 
 
+def equals(x, n: int) -> bool:
+    """Is x the number n, as an Integer or a Float? (To sympy Float(1) == 1 is false.)"""
+    return is_const(x) and x is not sympy.nan and float(x) == n
+
+
 def value_of(x) -> float | int:
     """The Python number of a constant leaf."""
     return int(x) if x.is_Integer else float(x)
@@ -115,7 +121,7 @@ def add(x, y):
         return folded
     if is_const(x):
         x, y = y, x
-    if y == 0:  # x + 0 -> x
+    if equals(y, 0):  # x + 0 -> x
         return x
     if (moved := _through_where(add, x, y)) is not None:
         return moved
@@ -147,7 +153,7 @@ def mul(x, y):
         return folded
     if is_const(y):
         x, y = y, x
-    if x == 1:  # 1*x -> x
+    if equals(x, 1):  # 1*x -> x
         return y
     if (moved := _through_where(mul, x, y)) is not None:
         return moved
@@ -161,7 +167,7 @@ def div(x, y):
     x, y = _as_value(x), _as_value(y)
     if is_const(x) and is_const(y) and (folded := _fold(operator.truediv, x, y)) is not None:
         return folded
-    if is_const(y) and y != 0 and y not in (sympy.oo, -sympy.oo, sympy.nan):
+    if is_const(y) and not equals(y, 0) and y not in (sympy.oo, -sympy.oo, sympy.nan):
         return mul(number(1.0 / float(value_of(y))), x)
     if (moved := _through_where(div, x, y)) is not None:
         return moved
@@ -195,11 +201,11 @@ def _extremum(fold, integer_op, float_op, build, x, y):
 
 def power(x, y):
     """x ** y for a constant y."""
-    if y == 1:
+    if equals(y, 1):
         return x
     if is_const(x) and is_const(y) and (folded := _fold(operator.pow, x, y)) is not None:
         return folded
-    if y == 2:
+    if equals(y, 2):
         return mul(x, x)
     return fpow(x, y)
 
@@ -235,9 +241,16 @@ def select(condition, x, y):
         return x
     if condition is sympy.false:
         return y
+    if _is_first(condition) and is_int(x) and is_int(y) and sympy.expand(y.xreplace({condition.args[0]: Integer(0)}) - x) == 0:
+        return y  # where(k < 1, f(0), f(k)) -> f(k)
     if is_bool(x) and is_bool(y):
         return Or(And(condition, x), And(Not(condition), y))
     return where(condition, _as_value(x), _as_value(y))
+
+
+def _is_first(condition) -> bool:
+    """k <= 0 (the normal form of k < 1) of a symbol that counts from 0."""
+    return isinstance(condition, Le) and condition.args[0].is_Symbol and bool(condition.args[0].is_nonnegative) and condition.args[1] == 0
 
 
 def as_condition(x):

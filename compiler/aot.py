@@ -1,0 +1,24 @@
+"""torch's own AOTAutograd behind one function: functionalisation, autograd of the fused ops, min-cut partition.
+
+Private torch API (torch._dynamo.backends.common, functorch.compile) lives here and in capture.py only, because there is no public
+way for a backend to train. tests/compiler/test_capture.py names each call used.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch.fx import GraphModule
+
+
+def compile_graph(gm: GraphModule, example_inputs, lower: Callable[[GraphModule, bool], Callable]):
+    """Differentiate and functionalise a rewritten graph; ``lower(graph, is_backward)`` turns every resulting graph into a callable."""
+    def compiler(is_backward):
+        def compile_one(graph: GraphModule, inputs):
+            return make_boxed_func(lower(graph, is_backward))
+
+        return compile_one
+
+    backend = aot_autograd(fw_compiler=compiler(False), bw_compiler=compiler(True), inference_compiler=compiler(False), partition_fn=min_cut_rematerialization_partition)
+    return backend(gm, example_inputs)

@@ -1,0 +1,176 @@
+"""A lifted attention core and its replacement by ``tileweld::attention``."""
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+from . import attention as _attention_op  # noqa: F401 (registers the op that is built here)
+from . import scalar as sc
+from .graph import insert, shape, value
+from .interval import drop_proved
+from .layout import Operand, arrange, layout, size_node, sizes_of_nodes, with_groups
+from .masking import has_witness
+from .printer import text
+from .rewrite import Match
+from .table import tabulate
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass
+class Part:
+    """One operand over one stretch of the head dim: q, k and v have one part, split nope + rope logits two."""
+
+    operand: Operand
+    d: sympy.Symbol
+    length: sympy.Expr
+    scale: float = 1.0
+
+
+@dataclasses.dataclass
+class Core:
+    """What a pass found out about one attention core; see `finish`.
+
+    root: the node that the op replaces; roles: B, H, Tq, Tk and their index symbols; out_index: where root holds (b, h, i, dv);
+    score, mask, fill, sink: expressions over raw symbols (tensors by name, sizes by shape symbol); fill None: nothing is masked.
+    """
+
+    root: Node
+    roles: object
+    lift: object
+    score: sympy.Expr
+    mask: sympy.Basic
+    fill: float | None
+    sink: sympy.Expr | None
+    empty: str
+    q: list[Part]
+    k: list[Part]
+    v: list[Part]
+    out_index: list
+    value_symbol: sympy.Symbol
+
+
+def finish(core: Core, source: Node) -> Match:
+    """Bring the expressions to their final text and return the Match that builds the op."""
+    ranges = core.roles.ranges
+    mask, fill, empty = drop_proved(core.mask, ranges), core.fill, core.empty
+    if mask is sympy.true:
+        fill = None
+    sees_a_key = fill is None or has_witness(mask, ranges, core.roles.rows, core.roles.keys)
+    if sees_a_key:  # then no row is empty, and no weight can reach a masked position
+        fill = -math.inf
+        if not core.score.has(sympy.oo, -sympy.oo) and core.sink is None:
+            empty = "nan"
+    texts, tables = [], []
+    for e in (core.score, mask, core.sink):
+        if e is not None:
+            e, found = tabulate(e, ranges, taken=len(tables))
+            tables += found
+        texts.append(e)
+    names, captures, sizes = _names(texts, core, tables)
+    score, mask, sink = (e if e is None else e.xreplace(names) for e in texts)
+    arguments = (text(score), text(mask), float(fill), text(sink) if sink is not None else "", empty)
+
+    def build(graph: Graph) -> Node:
+        return _build(graph, core, captures, sizes, arguments)
+
+    inputs = tuple(dict.fromkeys([p.operand.node for p in (*core.q, *core.k, *core.v)] + [c for c in captures if isinstance(c, Node)]))
+    detail = f"score={arguments[0]}" + (f" mask={arguments[1]}" if arguments[1] != "True" else "") + (f" sink={arguments[3]}" if sink is not None else "") + _groups_text(core)
+    return Match(core.root, inputs, build, detail)
+
+
+def _groups_text(core):
+    heads, kv = core.roles.heads, _kv_heads(core)
+    return f" heads={heads}/{kv}" if heads != kv else ""
+
+
+def _kv_heads(core):
+    part = core.k[0].operand
+    sizes = with_groups(part.index, {**core.roles.sizes, core.k[0].d: core.k[0].length})
+    return sympy.Mul(*(sizes[a] for dim in layout(part.node, part.index, sizes) for a in dim if a.has(sc.H)))
+
+
+def _names(exprs, core, tables):
+    """Rename tensors and tables to c0, c1, ... and shape symbols to Tq, Tk, n0, ...: (renaming, captures, sizes)."""
+    renaming, captures, sizes = {}, [], []
+    node_of = {symbol: node for node, symbol in core.lift.captures.items()}
+    table_of = {t.symbol: t for t in tables}
+    for e in exprs:
+        if e is None:
+            continue
+        for element in sc.loads(e):
+            symbol = element.args[0]
+            if symbol not in renaming:
+                renaming[symbol] = sc.capture_symbol(len(captures), bool(symbol.is_integer))
+                captures.append(node_of.get(symbol) or table_of[symbol])
+    known = {core.roles.rows: sc.TQ, core.roles.keys: sc.TK}
+    for e in [*exprs]:
+        for symbol in sorted(e.free_symbols if e is not None else (), key=str):
+            if symbol in renaming or symbol in sc.NAMES.values():
+                continue
+            if symbol in known:
+                renaming[symbol] = known[symbol]
+            else:
+                renaming[symbol] = sc.size_symbol(len(sizes))
+                sizes.append(symbol)
+    return renaming, captures, sizes
+
+
+def _build(graph, core, captures, sizes, arguments):
+    roles = core.roles
+    nodes = [p.operand.node for p in (*core.q, *core.k, *core.v)]
+    sources = sizes_of_nodes(nodes + [core.root])
+    dtype = None
+    for node in nodes:
+        dtype = value(node).dtype if dtype is None else torch.promote_types(dtype, value(node).dtype)
+    q = _assemble(graph, core.q, [sc.B, sc.H, sc.I], roles, sources, dtype, every_head=True)
+    k = _assemble(graph, core.k, [sc.B, sc.H, sc.J], roles, sources, dtype, every_head=len(core.k) > 1)
+    v = _assemble(graph, core.v, [sc.B, sc.H, sc.J], roles, sources, dtype, every_head=False)
+    tensors = [_capture(graph, c, core, sources) for c in captures]
+    numbers = [size_node(graph, n, sources) for n in sizes]
+    out = insert(graph, torch.ops.tileweld.attention.default, q, k, v, tensors, numbers, *arguments)
+    width = core.v[0].length
+    atoms = with_groups(core.out_index, {**roles.sizes, core.value_symbol: width})
+    wanted = layout(core.root, core.out_index, atoms)
+    heads = [a for dim in wanted for a in dim if a != sc.H and a.has(sc.H)] or [sc.H]
+    out = arrange(graph, out, [[sc.B], heads, [sc.I], [core.value_symbol]], wanted, atoms, sources)
+    if value(out).dtype != value(core.root).dtype:
+        out = insert(graph, aten.to.dtype, out, value(core.root).dtype)
+    return out
+
+
+def _assemble(graph, parts, symbols, roles, sources, dtype, every_head):
+    """One operand as [B, heads, positions, width]; several parts are concatenated along the width."""
+    pieces = []
+    for part in parts:
+        sizes = with_groups(part.operand.index, {**roles.sizes, part.d: part.length})
+        dims = layout(part.operand.node, part.operand.index, sizes)
+        heads = [a for dim in dims for a in dim if a.has(sc.H)]
+        heads.sort(key=lambda a: isinstance(a, sc.mod))
+        wanted = [[symbols[0]], heads or [sc.H], [symbols[2]], [part.d]]
+        x = arrange(graph, part.operand.node, dims, wanted, sizes, sources)
+        full = [roles.batch, roles.heads if every_head else shape(x)[1], roles.sizes[symbols[2]], part.length]
+        if every_head and heads and sympy.Mul(*(sizes[a] for a in heads)) != roles.heads:  # h // G among parts with all heads
+            x = insert(graph, aten.repeat_interleave.self_int, x, int(roles.heads / shape(x)[1]), 1)
+        if any(sympy.expand(a - b) != 0 for a, b in zip(full, shape(x))):
+            x = insert(graph, aten.expand.default, x, [size_node(graph, n, sources) for n in full])
+        if part.scale != 1.0:
+            x = insert(graph, aten.mul.Tensor, x, part.scale)
+        if value(x).dtype != dtype:
+            x = insert(graph, aten.to.dtype, x, dtype)
+        pieces.append(x)
+    return pieces[0] if len(pieces) == 1 else insert(graph, aten.cat.default, pieces, -1)
+
+
+def _capture(graph, capture, core, sources):
+    if not isinstance(capture, Node):
+        free = sorted(capture.expr.free_symbols - {sc.T}, key=str)
+        body = capture.expr.xreplace({symbol: sc.size_symbol(n) for n, symbol in enumerate(free)})
+        device = value(core.root).device
+        return insert(graph, torch.ops.tileweld.table.default, text(body), size_node(graph, capture.start, sources), size_node(graph, capture.stop, sources), [size_node(graph, n, sources) for n in free], device)
+    ones = [d for d, n in enumerate(shape(capture)) if n == 1]
+    return insert(graph, aten.squeeze.dims, capture, ones) if ones else capture

@@ -1,0 +1,173 @@
+"""From a node and the index at which it is read to a tensor in the fused op's layout.
+
+A key read as k[b, h // 4, j, d] through expand and reshape is a [B, H/4, T, D] tensor and nobody needs the expanded copy; a key
+of shape [B*H, D, T] read at [b*H + h, d, j] is the same tensor transposed. `Layout` writes each dim of a node as the *atoms*
+it is made of (b, h, h // G, i, j, d), `arrange` turns atoms into views, permutes and reshapes.
+"""
+from __future__ import annotations
+
+import dataclasses
+import operator
+
+import sympy
+import torch
+from sympy import Integer
+from torch.fx import Graph, Node
+
+from . import scalar as sc
+from .graph import insert, is_tensor, shape, size, value
+from .unliftable import Unliftable
+from .views import COMPRESSING, VIEWS, broadcast_index
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass
+class Operand:
+    """q, k or v: node[index], times factor (an expression pulled out of ``node * scale``)."""
+
+    node: Node
+    index: tuple
+    factor: sympy.Expr = Integer(1)
+
+
+def atoms_of(e, n, sizes: dict) -> list | None:
+    """The atoms of one dim, outermost first: b*H + h -> [b, h]; None when it is no such mixture. ``sizes``: atom -> size."""
+    if e == 0 or n == 1:
+        return []
+    if e in sizes:
+        return [e] if sympy.expand(sizes[e] - n) == 0 else None
+    terms = sympy.Add.make_args(e)
+    last = next((t for t in terms if t in sizes), None)
+    if last is None or len(terms) < 2:
+        return None
+    rest, divisor = sympy.Add(*(t for t in terms if t != last)), sizes[last]
+    quotient = sympy.expand(sympy.cancel(rest / divisor))
+    outer = sympy.cancel(n / divisor)
+    if quotient.as_numer_denom()[1] != 1 or outer.as_numer_denom()[1] != 1:
+        return None
+    head = atoms_of(quotient, outer, sizes)
+    return None if head is None else [*head, last]
+
+
+def layout(node, index, sizes) -> list[list] | None:
+    """Atoms of every dim, or None."""
+    dims = [atoms_of(e, n, sizes) for e, n in zip(index, shape(node))]
+    if None in dims:
+        return None
+    flat = [a for dim in dims for a in dim]
+    return dims if len(set(flat)) == len(flat) else None
+
+
+def with_groups(index, sizes: dict) -> dict:
+    """``sizes`` with the atoms h // G and h % G that occur in an index."""
+    sizes = dict(sizes)
+    heads = sizes[sc.H]
+    for e in index:
+        for part in e.atoms(sc.floordiv, sc.mod) if isinstance(e, sympy.Basic) else ():
+            if part.args[0] == sc.H and part.args[1].is_Integer and heads.is_Integer and heads % part.args[1] == 0:
+                sizes[part] = heads / part.args[1] if isinstance(part, sc.floordiv) else part.args[1]
+    return sizes
+
+
+def _heads_fit(dims, role) -> bool:
+    """q has all of h or nothing of it; k and v may also have h // G alone (a group of query heads shares them)."""
+    parts = [a for dim in dims for a in dim if a != sc.H and a.has(sc.H)]
+    return len(parts) != 1 or (role != "q" and isinstance(parts[0], sc.floordiv))
+
+
+def look_behind(lift, node, index, sizes, reduced, role) -> Operand | None:
+    """Walk from a contraction's operand through views, copies, casts up and scalar factors to the tensor worth reading.
+
+    Stops right behind the last step that saves something (an expand, a copy, a cast, a factor); plain views are left to the
+    model. ``reduced`` is the index of the head dim: a factor may not depend on it, and v (``role`` "v") has none. None where no
+    layout fits.
+    """
+    best, factor, useful, steps = None, Integer(1), True, 0
+    while steps < 64:
+        steps += 1
+        if useful and (dims := layout(node, index, with_groups(index, sizes))) is not None and _heads_fit(dims, role):
+            best, useful = Operand(node, tuple(index), factor), False
+        target = node.target if node.op == "call_function" else None
+        try:
+            if target in VIEWS and target not in (aten.slice.Tensor, aten.select.int, aten.flip.default):
+                source, index = VIEWS[target](lift, node, index)
+                useful |= target in COMPRESSING
+            elif target in (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.type_as.default) and _keeps_value(node):
+                source, useful = node.args[0], True
+            elif role != "v" and target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+                source, index, scale = _scaled(lift, node, index, reduced)
+                factor, useful = sc.mul(factor, scale), True
+            else:
+                break
+        except Unliftable:
+            break
+        node = source
+    return best
+
+
+def _keeps_value(node) -> bool:
+    before, after = value(node.args[0]), value(node)
+    return before.dtype.is_floating_point and before.dtype.itemsize <= after.dtype.itemsize and before.device == after.device and torch.promote_types(before.dtype, after.dtype) == after.dtype
+
+
+def _scaled(lift, node, index, reduced):
+    """(tensor, its index, factor) of tensor * factor, where the factor is the same along the head dim."""
+    x, y = node.args[:2]
+    divides = node.target in (aten.div.Tensor, aten.div.Scalar)
+    candidates = [(x, y)] if divides else [(x, y), (y, x)]
+    for tensor, other in candidates:
+        if not is_tensor(tensor) or [*shape(tensor)] != [*shape(node)] or value(tensor).dtype != value(node).dtype:
+            continue
+        scale = lift.broadcast(other, index)
+        if not scale.has(reduced) and not sc.is_bool(scale):
+            return tensor, broadcast_index(tensor, index), sc.div(Integer(1), scale) if divides else scale
+    raise Unliftable("no factor")
+
+
+def sizes_of_nodes(nodes) -> list[tuple[sympy.Expr, Node, int]]:
+    """Where symbolic sizes can be read: (expression, tensor node, dim)."""
+    return [(n, node, dim) for node in nodes for dim, n in enumerate(shape(node)) if not n.is_Integer]
+
+
+def size_node(graph: Graph, n, sources):
+    """A size as a graph value: an int, or aten.sym_size of a node that has it, or arithmetic on those."""
+    n = sympy.sympify(n)
+    if n.is_Integer:
+        return int(n)
+    for known, node, dim in sources:
+        if sympy.expand(known - n) == 0:
+            return insert(graph, aten.sym_size.int, node, dim)
+    if isinstance(n, (sympy.Add, sympy.Mul)):
+        parts = [size_node(graph, a, sources) for a in n.args]
+        total = parts[0]
+        for part in parts[1:]:
+            total = insert(graph, operator.add if isinstance(n, sympy.Add) else operator.mul, total, part)
+        return total
+    for node in graph.nodes:
+        if node.op == "placeholder" and isinstance(value(node), torch.SymInt) and size(value(node)) == n:
+            return node
+        if node.op == "placeholder" and is_tensor(node):
+            for dim, known in enumerate(shape(node)):
+                if known == n:
+                    return insert(graph, aten.sym_size.int, node, dim)
+    raise Unliftable(f"the size {n} is not at hand")
+
+
+def arrange(graph: Graph, node: Node, dims: list[list], wanted: list[list], sizes: dict, sources) -> Node:
+    """A view of node, whose dims are made of the atoms ``dims``, with the dims ``wanted``.
+
+    An atom that node lacks leaves its dim with what is there (size 1 when it stands alone); an atom of node that is not wanted has size 1.
+    """
+    flat = [a for dim in dims for a in dim]
+    target = [a for dim in wanted for a in dim if a in flat]
+    kept = [a for a in flat if a in target]
+    if [[a] for a in kept] != dims:
+        node = insert(graph, aten.reshape.default, node, [size_node(graph, sizes[a], sources) for a in kept])
+    order = [kept.index(a) for a in target]
+    if order != list(range(len(order))):
+        node = insert(graph, aten.permute.default, node, order)
+    if [[a] for a in target] != wanted:
+        sizes_wanted = [sympy.Mul(*(sizes[a] for a in dim if a in flat)) for dim in wanted]
+        node = insert(graph, aten.reshape.default, node, [size_node(graph, n, sources) for n in sizes_wanted])
+    return node

@@ -1,0 +1,81 @@
+"""Lowering: fused ops of a graph behind AOT become kernel launches; everything else stays an ATen call.
+
+For each fused op a *selector* (a row of `SELECTORS`) chooses an implementation: a generated kernel, a library call where that
+is at its limit, or the op's own definition. What was chosen, and why, goes into the report.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.fx import GraphModule, Node
+
+from ..runtime.build import CppUnit, compile_cpp
+from ..runtime.launch import CppLauncher
+from ..runtime.source_module import load_python_source
+from . import log
+from .errors import BuildError, CompilerNotFound
+from .ir.graph import is_tensor, value
+from .ir.kernel import Kernel
+from .options import Options
+from .report import KernelUse, Report
+from .select import SELECTORS, Choice
+
+
+def lower(gm: GraphModule, options: Options, report: Report, number: int) -> Callable:
+    """Replace fused ops by their implementations, build all kernels of the graph at once, and return the graph's forward."""
+    choices: list[tuple[Node, Choice]] = []
+    for node in gm.graph.nodes:
+        selector = SELECTORS.get(node.target) if node.op == "call_function" else None
+        if selector is not None:
+            choices.append((node, selector(node, target_of(node, options), options)))
+    launches = _build({c.kernel.source: c.kernel for _, c in choices if c.kernel is not None}, options, report)
+    for node, choice in choices:
+        function, name, reason = choice.function, choice.name, choice.reason
+        if choice.kernel is not None:
+            if choice.kernel not in report.sources:
+                report.sources.append(choice.kernel)
+            launch = launches.get(choice.kernel.source)
+            if launch is None:
+                name, reason = "reference", "its kernel could not be built"
+            else:
+                function, name = choice.bind(launch), f"{choice.kernel.language}:{choice.kernel.name}"
+        if function is not None:
+            function.__name__ = function.__qualname__ = name.replace(":", "_").replace(".", "_")
+            node.target = function
+        report.kernels.append(KernelUse(choice.op, name, reason, number))
+    gm.recompile()
+    return gm.forward
+
+
+def target_of(node: Node, options: Options) -> str:
+    """The target of one op: what options say, or by the device of its first tensor."""
+    if options.target != "auto":
+        return options.target
+    tensor = next((value(a) for a in node.all_input_nodes if is_tensor(a)), None)
+    return "triton" if tensor is not None and tensor.device.type == "cuda" else "cpp"
+
+
+def _build(kernels: dict[str, Kernel], options: Options, report: Report) -> dict[str, Callable]:
+    """source -> launch(tensors, ints, floats); a kernel that fails to build is missing, with a warning in the report."""
+    launches: dict[str, Callable] = {}
+    cpp = [k for k in kernels.values() if k.language == "cpp"]
+    try:
+        libraries = compile_cpp([CppUnit(k.name, k.source, k.link_torch) for k in cpp])
+        launches |= {k.source: CppLauncher(library, k.entry) for k, library in zip(cpp, libraries)}
+    except (CompilerNotFound, BuildError) as error:
+        _degrade(str(error), error, options, report)
+    for k in kernels.values():
+        if k.language == "triton":
+            try:
+                launches[k.source] = getattr(load_python_source(k.name, k.source), k.entry)
+            except Exception as error:  # triton raises many kinds while it reads a source
+                _degrade(f"{k.name}: {error}", error, options, report)
+    return launches
+
+
+def _degrade(message: str, error: Exception, options: Options, report: Report) -> None:
+    if options.strict:
+        raise error
+    if message not in report.warnings:
+        log.get("codegen").warning("%s. The fused ops run on their definition in torch, which is slow.", message)
+    report.warn(message)

@@ -1,0 +1,58 @@
+"""The options of ``torch.compile(model, backend="tileweld", options={...})``: one table, from which docs/options.md is made."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from .errors import OptionError
+
+TARGETS = ("auto", "triton", "cpp", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A row of the table: default, what a value may be (in words), what it does, and the check."""
+
+    default: object
+    values: str
+    meaning: str
+    check: Callable[[object], bool]
+
+
+def _passes_ok(value) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(k, str) and isinstance(v, bool) for k, v in value.items())
+
+
+TABLE: dict[str, Option] = {
+    "target": Option("auto", " | ".join(TARGETS), "what kernels are generated for; auto: triton on a GPU, cpp on a CPU, reference for dtypes without a kernel", lambda v: v in TARGETS),
+    "verify": Option(False, "True | False", "replay every rewrite in float64 on random inputs at compile time and refuse what differs", lambda v: isinstance(v, bool)),
+    "strict": Option(False, "True | False", "raise RefusalError where a rewrite is refused, and BuildError where a kernel cannot be built", lambda v: isinstance(v, bool)),
+    "passes": Option({}, "{pass name: True | False}", "turn passes off (or on again) by name", _passes_ok),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Checked options."""
+
+    target: str = "auto"
+    verify: bool = False
+    strict: bool = False
+    passes: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, given: Mapping | None, pass_names: tuple[str, ...] = ()) -> Options:
+        """Check a user's dict; an unknown key or value raises OptionError with the list of what exists."""
+        if given is None:
+            return cls()
+        if not isinstance(given, Mapping):
+            raise OptionError(f"options must be a dict, not {type(given).__name__}", where='torch.compile(backend="tileweld")', cure=f"the keys are {', '.join(TABLE)}")
+        for key, value in given.items():
+            if key not in TABLE:
+                raise OptionError.unknown("option", key, TABLE, where='torch.compile(backend="tileweld")')
+            if not TABLE[key].check(value):
+                raise OptionError(f"option {key!r} has the value {value!r}", where='torch.compile(backend="tileweld")', cure=f"choose from: {TABLE[key].values}")
+        for name in given.get("passes", {}):
+            if name not in pass_names:
+                raise OptionError.unknown("pass", name, pass_names, where="options['passes']")
+        return cls(**given)

@@ -1,0 +1,79 @@
+"""The pass driver: for every rewrite of the pipeline find its places, verify, replace, report."""
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from . import log
+from .errors import RefusalError
+from .ir.graph import is_tensor, source_of, value
+from .ir.rewrite import Match, Refusal
+from .options import Options
+from .report import Fusion, Refused, Report
+from .verify import differs
+
+
+def run(gm: GraphModule, passes, options: Options, report: Report) -> GraphModule:
+    """Rewrite the captured graph in place with the passes that options leave on."""
+    number = len(report.graphs)
+    for rewrite in passes:
+        if not options.passes.get(rewrite.NAME, True):
+            continue
+        if hasattr(rewrite, "transform"):  # a normalisation: changes the graph's spelling, makes no fused op, reports nothing
+            rewrite.transform(gm)
+            continue
+        for found in rewrite.find(gm.graph):
+            if isinstance(found, Refusal):
+                _refuse(rewrite.NAME, found.reason, source_of(found.node), found.cure, options, report, number)
+            else:
+                _apply(rewrite.NAME, gm, found, options, report, number)
+        gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def _apply(name: str, gm: GraphModule, match: Match, options: Options, report: Report, number: int) -> None:
+    root, source = match.root, source_of(match.root)
+    before = set(gm.graph.nodes)
+    with gm.graph.inserting_before(root), value(root).fake_mode:
+        new = match.build(gm.graph)
+    made = [node for node in gm.graph.nodes if node not in before]
+    for node in made:
+        node.meta.setdefault("stack_trace", root.meta.get("stack_trace"))
+        node.meta["tileweld_rewrite"] = name
+    problem = _changed_type(root, new)
+    if problem is None and options.verify:
+        problem = differs(gm, match.inputs, root, new)
+    if problem is not None:
+        for node in reversed(made):
+            if not node.users:
+                gm.graph.erase_node(node)
+        _refuse(name, problem, source, "", options, report, number)
+        return
+    root.replace_all_uses_with(new)
+    gm.graph.erase_node(root)
+    report.fusions.append(Fusion(name, match.detail, source, number))
+    log.get("passes").debug("%s: %s at %s", name, match.detail, source)
+
+
+def _changed_type(old: Node, new: Node) -> str | None:
+    """A replacement must have the shape and dtype of what it replaces."""
+    if not (is_tensor(old) and is_tensor(new)):
+        return None
+    a, b = value(old), value(new)
+    if a.dtype != b.dtype or len(a.shape) != len(b.shape) or any(x is not y and not _same_size(x, y) for x, y in zip(a.shape, b.shape)):
+        return f"the replacement gives {b.dtype} {[*b.shape]}, the model {a.dtype} {[*a.shape]}"
+    return None
+
+
+def _same_size(x, y) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(x == y)
+
+
+def _refuse(name, reason, source, cure, options: Options, report: Report, number: int) -> None:
+    report.refusals.append(Refused(name, reason, source, cure, number))
+    log.get("passes").info("%s refused: %s (%s)", name, reason, source)
+    if options.strict:
+        raise RefusalError(f"{name} refused: {reason}", rewrite=name, where=source or None, cure=cure or "fix the model or pass options={'strict': False}")
