@@ -1,0 +1,155 @@
+"""``tileweld::attention`` as a Triton module: the kernel of kernel.py, a host function, and what ahead-of-time compilation needs.
+
+The module stands alone: `attention(tensors, ints, floats)` launches, `AOT` lists every jit function with signature, constants
+and alignment for each configuration, for compiling without a GPU.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...compiler.errors import UnsupportedError
+from ...compiler.ir.attention import Variant
+from ...compiler.ir.kernel import Kernel
+from .kernel import AttentionText
+from .source import fill
+from .tiles import INTERPRETER, configs
+
+#: dtype -> Triton's name of a pointer to it; booleans are read as bytes
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64", torch.bool: "*i8", torch.int8: "*i8", torch.uint8: "*u8",
+            torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+
+MODULE = '''
+"""tileweld::attention   out = softmax(where(mask, score, fill)) v      from the rewrite `attention`
+
+score   $score
+mask    $mask
+fill    $fill, a row without a key gives $empty
+sink    $sink
+dtypes  $dtypes; head dim $head_dim, value dim $value_dim
+"""
+import torch
+import triton
+import triton.language as tl
+
+from tileweld.runtime.tune import pick
+
+# (BLOCK_M, BLOCK_N, num_warps, num_stages), the default first
+CONFIGS = {
+    "cuda": $cuda,
+    "hip": $hip,
+    "cpu": $cpu,  # Triton's interpreter
+}
+
+
+$kernels
+
+
+def attention(tensors, ints, floats):
+    """tensors: out [B, H, Tq, Dv], q [B, H, Tq, D], k [B, Hk, Tk, D], v [B, Hv, Tk, Dv], $captures; ints: $sizes. Fills out."""
+    out, q, k, v, *captures = tensors
+    if k.shape[2] == 0:
+        out.zero_()
+    if out.numel() == 0 or k.shape[2] == 0:
+        return
+    if q.device.type == "cpu":
+        if q.dtype == torch.bfloat16:  # the interpreter computes bf16 on raw bits
+            result = torch.empty_like(out, dtype=torch.float32)
+            captures = [x.float() if x.is_floating_point() else x for x in captures]
+            attention([result, q.float(), k.float(), v.float(), *captures], ints, floats)
+            out.copy_(result)
+            return
+        captures = [x.float() if x.dtype == torch.bfloat16 else x for x in captures]
+    captures = [x.view(torch.int8) if x.dtype == torch.bool else x for x in captures]
+    B, H, Tq, _ = q.shape
+    Tk = k.shape[2]
+    arguments = ($call)
+
+    def launch(config):
+        block_m, block_n, num_warps, num_stages = config
+        grid = (triton.cdiv(Tq, block_m) * B * H,)
+        return attention_kernel[grid](*arguments, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+
+    launch(pick(attention_kernel, CONFIGS, (B * H, Tq, Tk), q.device, launch))
+
+
+# For compilation without a GPU: types of the arguments, constants (unit strides) and what is a multiple of 16, as at run time.
+AOT = [
+    dict(kernel="attention_kernel", backend=backend, config=config, num_warps=config[2], num_stages=config[3],
+         signature=$signature,
+         constants=dict($constants, BLOCK_M=config[0], BLOCK_N=config[1]),
+         divisible_by_16=$divisible)
+    for backend in ("cuda", "hip") for config in CONFIGS[backend]
+]
+'''
+
+_STRIDES = {"q": ("q", "bhid"), "k": ("k", "bhjd"), "v": ("v", "bhjd"), "o": ("out", "bhid")}
+
+
+def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[torch.dtype] = (), capture_ranks: Sequence[int] = (), head_dim: int, value_dim: int,
+         num_sizes: int = 0) -> Kernel:
+    """The kernel of a variant, for every B, H, Hk, Hv, Tq, Tk and all strides.
+
+    q_dtype: of q, k, v and the output: float16, bfloat16 or float32. head_dim, value_dim: 1 to 256.
+    Tensors of a call: [out, q, k, v, *captures], then the integers n0, n1, ...; no floats.
+    Raises UnsupportedError for other dtypes and sizes.
+    """
+    _check(q_dtype, capture_dtypes, head_dim, value_dim)
+    text = AttentionText(variant, head_dim, value_dim, q_dtype == torch.float32)
+    tensors = [f"stride_{letter}{axis}" for letter, (_, axes) in _STRIDES.items() for axis in axes]
+    capture_names = [name for k, rank in enumerate(capture_ranks)
+                     for name in (f"c{k}_ptr", *(f"c{k}_s{axis}" for axis in range(rank)), *(f"c{k}_n{axis}" for axis in range(rank)))]
+    sizes = ["H", "GROUP_K", "GROUP_V", "Tq", "Tk", *(f"n{n}" for n in range(num_sizes))]
+    kernels = text.kernel(["out_ptr", "q_ptr", "k_ptr", "v_ptr", *tensors], capture_names, sizes)
+    signature = {name: _type(name, q_dtype, capture_dtypes) for name in text.parameters}
+    constants = [f"stride_{letter}d" for letter in _STRIDES] + [f"c{k}_s{rank - 1}" for k, rank in enumerate(capture_ranks) if rank and f"c{k}_s{rank - 1}" in text.parameters]
+    divisible = [name for name in text.parameters if name.endswith("_ptr") or (name not in constants and name.startswith("stride"))]
+    for name in constants:
+        signature[name] = "constexpr"
+    signature |= {"BLOCK_M": "constexpr", "BLOCK_N": "constexpr"}
+    dtype = str(q_dtype).removeprefix("torch.")
+    captures = ", ".join(f"c{k} {str(d).removeprefix('torch.')}[{rank}-d]" for k, (d, rank) in enumerate(zip(capture_dtypes, capture_ranks, strict=True)))
+    source = fill(
+        MODULE, score=variant.score, mask=variant.mask, fill=variant.fill, empty={"nan": "nan", "zero": "0"}[variant.empty], sink=variant.sink or "none",
+        dtypes=dtype + (f", {captures}" if captures else ""), head_dim=head_dim, value_dim=value_dim, kernels=kernels, captures=captures or "no captures",
+        sizes=", ".join(f"n{n}" for n in range(num_sizes)) or "none", call=", ".join(_host_argument(name) for name in text.parameters),
+        **{backend: repr(tuple((c.block_m, c.block_n, c.num_warps, c.num_stages) for c in configs(q_dtype, head_dim, value_dim, backend))) for backend in ("cuda", "hip")},
+        cpu=repr(((INTERPRETER.block_m, INTERPRETER.block_n, INTERPRETER.num_warps, INTERPRETER.num_stages),)),
+        signature=repr(signature), constants=", ".join(f"{name}=1" for name in constants), divisible=repr(divisible))
+    detail = f"score={variant.score} mask={variant.mask} {dtype} head dim {head_dim}" + (f"/{value_dim}" if value_dim != head_dim else "")
+    return Kernel(name="attention", language="triton", source=source, entry="attention", rewrite="attention", detail=detail)
+
+
+def _check(q_dtype, capture_dtypes, head_dim, value_dim):
+    if q_dtype not in DTYPES:
+        raise UnsupportedError(f"no Triton attention kernel for {q_dtype}", cure="use float16, bfloat16 or float32, or the reference target")
+    for name, width in (("head", head_dim), ("value", value_dim)):
+        if not 1 <= width <= MAX_HEAD_DIM:
+            raise UnsupportedError(f"no Triton attention kernel for {name} dim {width}", cure=f"1 to {MAX_HEAD_DIM} are supported")
+    for k, dtype in enumerate(capture_dtypes):
+        if dtype not in POINTERS:
+            raise UnsupportedError(f"no Triton attention kernel for a captured tensor c{k} of {dtype}", cure=f"use one of {', '.join(str(d).removeprefix('torch.') for d in POINTERS)}")
+
+
+def _type(name, q_dtype, capture_dtypes) -> str:
+    if not name.endswith("_ptr"):
+        return "i32"
+    return POINTERS[capture_dtypes[int(name[1:-4])] if name[0] == "c" else q_dtype]
+
+
+def _host_argument(name: str) -> str:
+    """What the host passes for a parameter of the kernel."""
+    if name in ("out_ptr", "q_ptr", "k_ptr", "v_ptr"):
+        return name[:-4]
+    if name.startswith("stride_"):
+        tensor, axes = _STRIDES[name[7]]
+        return f"{tensor}.stride({axes.index(name[8])})"
+    if name.startswith("c") and name.endswith("_ptr"):
+        return f"captures[{name[1:-4]}]"
+    if name.startswith("c"):
+        k, part = name[1:].split("_")
+        return f"captures[{k}].{'stride' if part[0] == 's' else 'size'}({part[1:]})"
+    return {"GROUP_K": "H // k.shape[1]", "GROUP_V": "H // v.shape[1]"}.get(name) or (f"ints[{name[1:]}]" if name[0] == "n" else name)

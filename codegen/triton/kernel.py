@@ -1,0 +1,292 @@
+"""The tiled forward kernel of ``tileweld::attention``: one template for every score and mask.
+
+A program takes BLOCK_M query rows of one head and walks over tiles of BLOCK_N keys with the online softmax
+(FlashAttention-2, 2307.08691, algorithm 1), in base 2:
+
+    m' = max(m, max_j x)     p = 2^(x - m')     l' = l 2^(m - m') + sum_j p     acc' = acc 2^(m - m') + p v
+
+Tiles outside the mask's range of keys are never visited; those inside on every row are visited without a mask. Masked
+elements are -inf, and a row with m = -inf subtracts 0 instead, so that -inf - -inf never arises. With a finite ``fill``,
+what is masked adds exp(fill - m): nothing in fp32 if m > fill + 104; a block with another row is computed again over all keys.
+"""
+from __future__ import annotations
+
+import functools
+import math
+
+import sympy
+
+from ...compiler.ir import scalar as sc
+from ...compiler.ir.attention import Variant
+from .bounds import Ranges, ends, ranges
+from .printer import HELPERS, LOG2E, TritonText, float_text, fold_log2e
+from .source import fill, used
+from .tiles import Chunk, chunks
+
+FP32_MAX = 3.4028234e38
+NEGLIGIBLE = 104.0  # exp(-104) is below half of the smallest positive float32
+
+ATTEND = '''
+@triton.jit
+def attend($arguments):
+    """Online softmax over the key tiles from ``start`` to ``stop``. MASKED: a tile may hold masked keys or end beyond Tk.
+    EXACT: masked keys have the score fill instead of none."""
+    $dims
+    for j0 in tl.range(start, stop, BLOCK_N):
+        $tile
+    return $state
+'''
+
+TILE = '''
+keys = tl.arange(0, BLOCK_N)
+j = j0 + keys[None, :]
+k_tile = k_ptr + tl.cast(j0, tl.int64) * stride_kj
+v_tile = v_ptr + tl.cast(j0, tl.int64) * stride_vj
+$scores
+$softmax
+$values
+m = m_new
+'''
+
+KERNEL = '''
+@triton.jit(do_not_specialize=[$unspecialized])
+def attention_kernel($arguments):
+    blocks = tl.cdiv(Tq, BLOCK_M)
+    block = tl.program_id(0) % blocks
+    head = tl.program_id(0) // blocks
+    i0 = $first_row * BLOCK_M$order
+    b = head // H
+    h = head % H
+    i_lo = i0
+    i_hi = tl.minimum(i0 + BLOCK_M, Tq) - 1
+    rows = i0 + tl.arange(0, BLOCK_M)
+    i = rows[:, None]
+    # offsets of batches, heads and blocks in 64 bits; inside a tile 32 bits are enough
+    q_ptr += tl.cast(b, tl.int64) * stride_qb + tl.cast(h, tl.int64) * stride_qh + tl.cast(i0, tl.int64) * stride_qi
+    k_ptr += tl.cast(b, tl.int64) * stride_kb + tl.cast(h // GROUP_K, tl.int64) * stride_kh
+    v_ptr += tl.cast(b, tl.int64) * stride_vb + tl.cast(h // GROUP_V, tl.int64) * stride_vh
+    out_ptr += tl.cast(b, tl.int64) * stride_ob + tl.cast(h, tl.int64) * stride_oh + tl.cast(i0, tl.int64) * stride_oi
+    local = tl.arange(0, BLOCK_M)[:, None]
+    $queries
+    $hoisted
+    $start
+    $bounds
+    $loops
+    $exact
+    $finish
+'''
+
+
+class AttentionText:
+    """The parts of one variant's kernel as text."""
+
+    def __init__(self, variant: Variant, head_dim: int, value_dim: int, single: bool):
+        self.variant, self.single = variant, single
+        self.qk_chunks, self.v_chunks = chunks(head_dim), chunks(value_dim)
+        self.masked = variant.mask_expr is not sympy.true
+        self.ranges: Ranges = ranges(variant.mask_expr)
+        self.finite_fill = self.masked and math.isfinite(variant.fill)
+        self.helpers, self.wrapped = set(), set()
+        score = variant.score_expr
+        folded = fold_log2e(score)
+        scale = variant.linear_scale
+        # x is the score times 1/unit, so that the weight is 2^(unit (x - m)); with one positive factor, x stays the raw dot
+        # product in the loop and the factor joins the subtraction in one FMA
+        self.raw_scale = scale * LOG2E if scale and 0 < scale < 1e30 else None
+        self.unit, self.score = (1.0, folded) if folded is not None else (LOG2E, score)
+        self.hoisted = {load: f"c{load.args[0].name[1:]}_{'row' if load.has(sc.I) else 'head'}{n}"
+                        for n, load in enumerate(x for x in sc.loads(score) + [y for y in sc.loads(variant.mask_expr) if y not in sc.loads(score)] if not x.has(sc.J))}
+
+    # ------------------------------------------------------------------------------------------ printing
+    def print(self, e, *, names=None, guards=None, hoisted=None) -> str:
+        printer = TritonText(names, guards, hoisted)
+        text = printer(e)
+        self.helpers |= printer.helpers
+        self.wrapped |= printer.wrapped
+        return text
+
+    def in_tile(self, e, masked: bool) -> str:
+        return self.print(e, guards={"i": "i < Tq"} | ({"j": "j < Tk"} if masked else {}), hoisted=self.hoisted)
+
+    def by_row(self, e) -> str:
+        return self.print(e, names={"i": "rows"}, guards={"i": "rows < Tq"})
+
+    def in_units(self, value: float) -> float:
+        """A natural score in the units of x, kept finite."""
+        return max(-FP32_MAX, min(FP32_MAX, value * LOG2E if self.unit == 1.0 else value))
+
+    # ------------------------------------------------------------------------------------------ one tile
+    def _load(self, name: str, pointer: str, chunk: Chunk, dim: str, key_axis: str) -> list[str]:
+        inside = f"({dim} < {chunk.start + chunk.used})" if chunk.padded else ""
+        masked = " & ".join(filter(None, (f"({key_axis} < Tk)", inside)))
+        plain = f"tl.load({pointer}, mask={inside}, other=0.0)" if inside else f"tl.load({pointer})"
+        return [f"if MASKED:\n    {name} = tl.load({pointer}, mask={masked}, other=0.0)\nelse:\n    {name} = {plain}"]
+
+    def scores(self) -> list[str]:
+        precision = ', input_precision="ieee"' if self.single else ""
+        lines = []
+        for n, chunk in enumerate(self.qk_chunks):
+            lines += self._load(f"k{n}", f"k_tile + dims{n}[:, None] * stride_kd + keys[None, :] * stride_kj", chunk, f"dims{n}[:, None]", "j")
+            lines.append(f"s = tl.dot(q{n}, k{n}{', s' if n else ''}{precision})")
+        return lines
+
+    def softmax(self) -> list[str]:
+        masked, plain = self.in_tile(self.score, True), self.in_tile(self.score, False)
+        raw = self.raw_scale is not None
+        visible = f"({self.in_tile(self.variant.mask_expr, True)}) & (j < Tk)" if self.masked else "j < Tk"
+        lines = []
+        if raw:
+            lines.append("x = s")
+        elif masked == plain:
+            lines.append(f"x = {plain}")
+        else:
+            lines.append(f"if MASKED:\n    x = {masked}\nelse:\n    x = {plain}")
+        hide = f"x = tl.where({visible}, x, float(\"-inf\"))"
+        if self.finite_fill:
+            score_fill = float_text(self.in_units(self.variant.fill))
+            exact = f"x = tl.where({self.in_tile(self.variant.mask_expr, True)}, {masked if raw else 'x'}, {score_fill})\n    x = tl.where(j < Tk, x, float(\"-inf\"))"
+            lines.append(f"if EXACT:\n    {exact}\nelif MASKED:\n    {hide}")
+        else:
+            lines.append(f"if MASKED:\n    {hide}")
+        unit = f" * {float_text(self.unit)}" if self.unit != 1.0 else ""
+        scale = float_text(self.raw_scale) if raw else None
+        general = ["m_new = tl.maximum(m, tl.max(x, 1))", "m_safe = tl.where(m_new == float(\"-inf\"), 0.0, m_new)", f"p = tl.exp2((x - m_safe[:, None]){unit})"]
+        if raw:
+            fused = [f"m_new = tl.maximum(m, tl.max(x, 1) * {scale})", general[1], f"p = tl.exp2(x * {scale} - m_safe[:, None])"]
+            lines += ["if EXACT:", *("    " + x for x in general), "else:", *("    " + x for x in fused)] if self.finite_fill else fused
+        else:
+            lines += general
+        return [*lines, f"alpha = tl.exp2((m - m_safe){unit})", "l = l * alpha + tl.sum(p, 1)"]
+
+    def values(self) -> list[str]:
+        precision = ', input_precision="ieee"' if self.single else ""
+        lines = []
+        for n, chunk in enumerate(self.v_chunks):
+            lines += self._load(f"v{n}", f"v_tile + keys[:, None] * stride_vj + vdims{n}[None, :] * stride_vd", chunk, f"vdims{n}[None, :]", "(j0 + keys[:, None])")
+            lines.append(f"acc{n} = tl.dot(p.to(v{n}.dtype), v{n}, acc{n} * alpha[:, None]{precision})")
+        return lines
+
+    @functools.cached_property
+    def state(self) -> list[str]:
+        return [*(f"acc{n}" for n in range(len(self.v_chunks))), "m", "l"]
+
+    @staticmethod
+    def _dims(name: str, parts: tuple[Chunk, ...]) -> list[str]:
+        return [f"{name}{n} = {f'{c.start} + ' if c.start else ''}tl.arange(0, {c.width})" for n, c in enumerate(parts)]
+
+    def attend(self, scalars: list[str]) -> tuple[str, list[str]]:
+        """The function of the loop, and the names it takes from the kernel around it."""
+        tile = fill(TILE, scores=self.scores(), softmax=self.softmax(), values=self.values())
+        test = self.ranges.tile_test
+        if test is not sympy.true:
+            names = {"i_lo": "i_lo", "j_lo": "j0", "j_hi": "(tl.minimum(j0 + BLOCK_N, Tk) - 1)"}
+            may = self.print(test, names=names)
+            exact = "visit = j0 >= 0\n" if self.finite_fill else ""
+            head = f"if EXACT:\n    {exact}else:\n    visit = {may}\nif visit:  # else the tile holds no visible key\n" if self.finite_fill else f"if {may}:  # else the tile holds no visible key\n"
+            tile = head + "".join(f"    {line}\n" for line in tile.splitlines())
+        names = used(tile, ["b", "h", "i_lo", "i_hi", *scalars, *self.hoisted.values()])
+        arguments = [*self.state, *(f"q{n}" for n in range(len(self.qk_chunks))), "k_ptr", "v_ptr", "stride_kj", "stride_kd", "stride_vj", "stride_vd", "i", *names, "start", "stop"]
+        constants = ["BLOCK_N: tl.constexpr", "MASKED: tl.constexpr", "EXACT: tl.constexpr"]
+        dims = self._dims("dims", self.qk_chunks) + self._dims("vdims", self.v_chunks)
+        return fill(ATTEND, arguments=", ".join(arguments + constants), dims=dims, tile=tile, state=", ".join(self.state)), arguments[:-2]
+
+    # ------------------------------------------------------------------------------------------ around the loop
+    def call(self, arguments: list[str], start: str, stop: str, masked: bool, exact: bool = False) -> str:
+        return f"{', '.join(self.state)} = attend({', '.join(arguments)}, {start}, {stop}, BLOCK_N, MASKED={masked}, EXACT={exact})"
+
+    def bound(self, e) -> tuple[str, str]:
+        """(lowest, highest) over the rows of the block, as scalars."""
+        both = ends(e)
+        if both is not None:
+            return self.print(both[0]), self.print(both[1])
+        text = self.by_row(e)  # a bound that each row reads for itself, such as j <= c0[i]
+        rows = f"{text} + tl.zeros_like(rows)"
+        return f"tl.min(tl.where(rows < Tq, {rows}, {2**31 - 1}), 0)", f"tl.max(tl.where(rows < Tq, {rows}, {-2**31}), 0)"
+
+    def bounds(self) -> list[str]:
+        """first <= full_first <= full_last <= last, in keys, all but the ends at multiples of BLOCK_N."""
+        lows, highs = [self.bound(e) for e in self.ranges.lowers], [self.bound(e) for e in self.ranges.uppers]
+        lines = ["# keys [first, last) are visible to some row of the block, [full_first, full_last) to every one"]
+        lines += ["last = Tk", "full_last = Tk"] if self.ranges.has_full_tiles else ["last = Tk"]
+        for low, high in highs:
+            lines.append(f"last = tl.minimum(last, {high} + 1)")
+            if self.ranges.has_full_tiles:
+                lines.append(f"full_last = tl.minimum(full_last, {low} + 1)")
+        if lows:
+            lines.append(f"first = tl.maximum(0, {lows[0][0]})")
+            lines += [f"first = tl.maximum(first, {low})" for low, _ in lows[1:]]
+            lines.append("first = tl.cast(tl.minimum(first, Tk), tl.int32) // BLOCK_N * BLOCK_N")
+            if self.ranges.has_full_tiles:
+                lines.append(f"full_first = tl.maximum(0, {lows[0][1]})")
+                lines += [f"full_first = tl.maximum(full_first, {high})" for _, high in lows[1:]]
+        lines.append("last = tl.cast(tl.maximum(last, 0), tl.int32)")
+        first = "first" if lows else "0"
+        if self.ranges.has_full_tiles:
+            if lows:
+                lines.append("full_first = tl.cdiv(tl.cast(tl.minimum(full_first, Tk), tl.int32), BLOCK_N) * BLOCK_N")
+                lines.append("full_first = tl.minimum(full_first, tl.maximum(tl.cdiv(last, BLOCK_N) * BLOCK_N, first))")
+            lines.append("full_last = tl.cast(tl.maximum(full_last, 0), tl.int32) // BLOCK_N * BLOCK_N")
+            lines.append(f"full_last = tl.maximum(tl.minimum(full_last, last), {'full_first' if lows else first})")
+        return lines
+
+    def loops(self, arguments: list[str]) -> list[str]:
+        lows = bool(self.ranges.lowers)
+        if not self.ranges.has_full_tiles:
+            return [self.call(arguments, "first" if lows else "0", "last", True)]
+        calls = [self.call(arguments, "first", "tl.minimum(full_first, last)", True)] if lows else []
+        calls.append(self.call(arguments, "full_first" if lows else "0", "full_last", False))
+        return [*calls, self.call(arguments, "full_last", "last", True)]
+
+    def start(self) -> list[str]:
+        lines = [f"acc{n} = tl.zeros([BLOCK_M, {c.width}], tl.float32)" for n, c in enumerate(self.v_chunks)]
+        if self.variant.sink_expr is None:
+            return [*lines, 'm = tl.full([BLOCK_M], float("-inf"), tl.float32)', "l = tl.zeros([BLOCK_M], tl.float32)"]
+        # the sink is a key without a value: it opens the softmax with the weight 1, none where it is -inf, NaN where it is NaN
+        unit = LOG2E if self.unit == 1.0 else 1.0
+        factor = f" * {float_text(unit)}" if unit != 1.0 else ""
+        inner = f" * {float_text(self.unit)}" if self.unit != 1.0 else ""
+        return [*lines, f"m = tl.zeros([BLOCK_M], tl.float32) + ({self.by_row(self.variant.sink_expr)}){factor}",
+                f'l = tl.exp2((m - tl.where(m == float("-inf"), 0.0, m)){inner})']
+
+    def exact(self, arguments: list[str]) -> list[str]:
+        if not self.finite_fill:
+            return []
+        limit = float_text(self.in_units(self.variant.fill + NEGLIGIBLE))
+        again = [*self.start(), self.call(arguments, "0", "Tk", True, exact=True)]
+        return [f"# rows that see no key, or only scores near the fill {self.variant.fill:g}: there the masked keys count",
+                f"near = tl.max(tl.where((rows < Tq) & (m <= {limit}), 1, 0), 0)", "if near == 1:", *("    " + line for line in again)]
+
+    def finish(self) -> list[str]:
+        lines = ["l = tl.where(l == 0.0, 1.0, l)  # a row without a key gives 0, not 0/0"] if self.variant.empty == "zero" else []
+        for n, chunk in enumerate(self.v_chunks):
+            inside = f" & (vdims{n}[None, :] < {chunk.start + chunk.used})" if chunk.padded else ""
+            lines += self._dims("vdims", self.v_chunks)[n:n + 1]
+            lines.append(f"tl.store(out_ptr + local * stride_oi + vdims{n}[None, :] * stride_od, (acc{n} / l[:, None]).to(out_ptr.dtype.element_ty), mask=(i < Tq){inside})")
+        return lines
+
+    def queries(self) -> list[str]:
+        lines = []
+        for n, chunk in enumerate(self.qk_chunks):
+            inside = f" & (dims{n}[None, :] < {chunk.start + chunk.used})" if chunk.padded else ""
+            lines += self._dims("dims", self.qk_chunks)[n:n + 1]
+            lines.append(f"q{n} = tl.load(q_ptr + local * stride_qi + dims{n}[None, :] * stride_qd, mask=(i < Tq){inside}, other=0.0)")
+        return lines
+
+    def hoists(self) -> list[str]:
+        return [f"{name} = {self.print(load, guards={'i': 'i < Tq'})}" for load, name in self.hoisted.items()]
+
+    def kernel(self, parameters: list[str], captures: list[str], unspecialized: list[str]) -> str:
+        """The jit functions of the module. captures: every name that an expression may read; those in use become parameters."""
+        scalars = [*unspecialized, *captures]
+        attend, arguments = self.attend(scalars)
+        falls = any(e.has(sc.I) for e in self.ranges.uppers)  # causal: the last block of rows is the longest, so it starts first
+        body = dict(first_row="(blocks - 1 - block)" if falls else "block", order="  # the longest blocks first" if falls else "",
+                    queries=self.queries(), hoisted=self.hoists(), start=self.start(), bounds=self.bounds(), loops=self.loops(arguments), exact=self.exact(arguments), finish=self.finish())
+        text = "\n".join("\n".join(part) if isinstance(part, list) else part for part in body.values()) + attend
+        self.captures_used = used(text, captures)
+        sizes = [name for name in unspecialized if name in ("H", "GROUP_K", "GROUP_V", "Tq", "Tk") or name in used(text, unspecialized)]
+        self.parameters = [*parameters, *self.captures_used, *sizes]
+        self.sizes_used = sizes
+        kernel = fill(KERNEL, arguments=", ".join([*self.parameters, "BLOCK_M: tl.constexpr", "BLOCK_N: tl.constexpr"]),
+                      unspecialized=", ".join(f'"{name}"' for name in sizes), **body)
+        return "\n\n".join([*(HELPERS[name] for name in sorted(self.helpers)), attend, kernel])

@@ -1,0 +1,59 @@
+"""Run generated Triton modules on CPU tensors, in Triton's interpreter: for checking numerics, never for speed.
+
+Triton decides when a function is decorated whether to compile or to interpret it, and its own library (tl.max, tl.sum, tl.cdiv)
+was decorated when triton was imported. So a module is imported with interpretation on, and while one of its functions runs,
+the library's compiled functions are replaced by interpreted ones. Works in a process that compiles kernels as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from types import ModuleType
+
+import numpy as np
+
+from .source_module import load_python_source
+
+_lock = threading.RLock()  # the interpreter patches triton.language for the time of a run
+
+
+def load_interpreted(name: str, source: str) -> ModuleType:
+    """The module that `source` defines, with its @triton.jit functions interpreted. Call its host functions in `interpreting()`."""
+    with interpreting():
+        return load_python_source(f"{name}_interpreted", source)
+
+
+@contextlib.contextmanager
+def interpreting():
+    """Triton interprets what is decorated or called inside."""
+    import triton
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    runtime = triton.knobs.runtime
+    with _lock, runtime.scope(), contextlib.ExitStack() as stack, np.errstate(all="ignore"):
+        runtime.interpret = True
+        for module in (triton.language, triton.language.standard):
+            for name, value in list(vars(module).items()):
+                if isinstance(value, JITFunction):
+                    setattr(module, name, _interpreted(InterpretedFunction, value.fn))
+                    stack.callback(setattr, module, name, value)
+        yield
+
+
+@functools.lru_cache(None)
+def _interpreted(make, function):
+    return make(function)
+
+
+def interpreted_entry(name: str, source: str, entry: str):
+    """``entry`` of a generated module as a function of (tensors, ints, floats) on CPU tensors."""
+    function = getattr(load_interpreted(name, source), entry)
+
+    def run(tensors, ints=(), floats=()):
+        with interpreting():
+            function(list(tensors), list(ints), list(floats))
+
+    return run

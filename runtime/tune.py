@@ -1,0 +1,67 @@
+"""The configuration of a generated Triton kernel: timed once per device and shape bucket, among those that do not spill."""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+
+from ..compiler import log
+
+_chosen: dict[tuple, tuple] = {}
+REPEATS = 5
+
+
+def bucket(size: int) -> int:
+    """Sizes up to the same power of two share their configuration."""
+    return 0 if size < 1 else (size - 1).bit_length()
+
+
+def backend_of(device: torch.device) -> str:
+    """"cuda", "hip" or "cpu" (the interpreter)."""
+    if device.type == "cpu":
+        return "cpu"
+    return "hip" if torch.version.hip else "cuda"
+
+
+def pick(kernel, configs: dict[str, tuple], sizes: tuple[int, ...], device: torch.device, launch) -> tuple:
+    """One of configs[backend]: the fastest of `launch(config)` for sizes like these; the first where nothing can be timed.
+
+    launch may be called several times, and must give the same result every time. It returns Triton's compiled kernel.
+    """
+    candidates = configs[backend_of(device)]
+    if len(candidates) == 1 or device.type == "cpu":
+        return candidates[0]
+    key = (kernel, device, *map(bucket, sizes))
+    if key not in _chosen:
+        if torch.cuda.is_current_stream_capturing():  # events cannot be read inside a graph capture
+            return candidates[0]
+        _chosen[key] = _fastest(candidates, launch)
+    return _chosen[key]
+
+
+def _fastest(candidates, launch):
+    timed = []
+    for config in candidates:
+        try:
+            compiled = launch(config)
+            if getattr(compiled, "n_spills", 0) and timed:
+                continue
+            timed.append((_milliseconds(lambda config=config: launch(config)), config))
+        except Exception as error:  # too much shared memory or too many registers for this GPU
+            if type(error).__name__ not in ("OutOfResources", "PTXASError"):
+                raise
+            log.get("runtime").debug("%s: %s", config, error)
+    return min(timed)[1] if timed else candidates[0]
+
+
+def _milliseconds(run) -> float:
+    samples = []
+    for _ in range(REPEATS):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        samples.append(start.elapsed_time(stop))
+    return statistics.median(samples)
