@@ -115,15 +115,15 @@ static void stream_keys(const Call& call, const Group& group, int64_t j_lo, int6
 // One softmax from the parts that threads made of a row, and the sink. Writes the row; false where masked keys still have to be added.
 static bool combine_row(const Call& call, int64_t b, int64_t h, int64_t i, int splits, const float* sums, const RowState* states, int64_t split_rows, bool exact) {
     RowState whole = start_row(sink_of(call, b, h, i));
-    const float own = whole.base;
-    for (int n = 0; n < splits; ++n) whole.base = states[n * split_rows].base > whole.base ? states[n * split_rows].base : whole.base;
+    const float sink = whole.top;
+    for (int n = 0; n < splits; ++n) whole.top = states[n * split_rows].top > whole.top ? states[n * split_rows].top : whole.top;
     if (!exact && needs_fill(whole)) return false;
-    const float shift = whole.base == -std::numeric_limits<float>::infinity() ? 0.0f : whole.base;
-    whole.total *= own == whole.base ? 1.0f : std::exp2(own - shift);
+    const float shift = whole.top == -std::numeric_limits<float>::infinity() ? 0.0f : whole.top;
+    whole.total *= sink == whole.top ? 1.0f : ratio(sink, shift);
     float merged[DVP] = {};
     for (int n = 0; n < splits; ++n) {
         const RowState& part = states[n * split_rows];
-        const float share = part.base == whole.base ? 1.0f : std::exp2(part.base - shift);
+        const float share = part.top == whole.top ? 1.0f : ratio(part.top, shift);
         whole.total += part.total * share;
         for (int d = 0; d < DVP; ++d) merged[d] += sums[n * split_rows * DVP + d] * share;
     }

@@ -34,15 +34,18 @@ INLINE void multiply_rows(const float* __restrict a, int64_t lda, const float* _
         for (int n = 0; n < N; ++n) store_vector(c + r * ldc + n * VL, sums[r][n]);
 }
 
-// A row's softmax so far: probabilities are 2^(x * LOG2E - base), base the scaled maximum; total is their sum.
+// A row's softmax so far: probabilities are exp(x - top), top the largest score; total is their sum.
 struct RowState {
-    float base, total;
+    float top, total;
 };
+
+// exp(x - y) for x <= y
+INLINE float ratio(float x, float y) { return std::exp2((x - y) * LOG2E); }
 
 // Nothing seen but the sink, one logit of the denominator (-inf for none).
 INLINE RowState start_row(float sink) {
     const float infinity = std::numeric_limits<float>::infinity();
-    return {sink * LOG2E, sink == -infinity ? 0.0f : (sink < infinity ? 1.0f : std::numeric_limits<float>::quiet_NaN())};
+    return {sink, sink == -infinity ? 0.0f : (sink < infinity ? 1.0f : std::numeric_limits<float>::quiet_NaN())};
 }
 
 // scores[0, width) become probabilities; returns the factor by which the row's earlier sums shrink. Up to the next
@@ -58,30 +61,31 @@ INLINE float update_row(RowState& state, float* __restrict scores, int64_t width
         tops[1] = larger(load_vector(scores + j + VL), tops[1]);
     }
     if (j < padded) tops[0] = larger(load_vector(scores + j), tops[0]);
-    const float top = max_of(larger(tops[0], tops[1])) * LOG2E;
-    const float base = top > state.base ? top : state.base;  // a NaN score is no maximum: it reaches the row by its probability
-    const float shift = base == -infinity ? 0.0f : base;     // no key so far: -inf - -inf would be NaN
-    const float shrink = state.base == base ? 1.0f : std::exp2(state.base - shift);
+    const float largest = max_of(larger(tops[0], tops[1]));
+    const float top = largest > state.top ? largest : state.top;  // a NaN score is no maximum: it reaches the row by its probability
+    const float shift = top == -infinity ? 0.0f : top;            // no key so far: -inf - -inf would be NaN
+    const float shrink = state.top == top ? 1.0f : ratio(state.top, shift);
     Vector sums[2] = {Vector{}, Vector{}};
     for (j = 0; j + 2 * VL <= padded; j += 2 * VL) {
-        const Vector p0 = exp2_of(load_vector(scores + j) * LOG2E - shift), p1 = exp2_of(load_vector(scores + j + VL) * LOG2E - shift);
+        // The difference first: a score of finfo.min times LOG2E would be -inf.
+        const Vector p0 = exp2_of((load_vector(scores + j) - shift) * LOG2E), p1 = exp2_of((load_vector(scores + j + VL) - shift) * LOG2E);
         store_vector(scores + j, p0);
         store_vector(scores + j + VL, p1);
         sums[0] += p0;
         sums[1] += p1;
     }
     if (j < padded) {
-        const Vector p = exp2_of(load_vector(scores + j) * LOG2E - shift);
+        const Vector p = exp2_of((load_vector(scores + j) - shift) * LOG2E);
         store_vector(scores + j, p);
         sums[0] += p;
     }
-    state = {base, state.total * shrink + sum_of(sums[0] + sums[1])};
+    state = {top, state.total * shrink + sum_of(sums[0] + sums[1])};
     return shrink;
 }
 
 // Could masked keys, whose score is the finite FILL, add to this row? exp(FILL - maximum) is 0 in float32 below -104.
 INLINE bool needs_fill(const RowState& state) {
-    return FINITE_FILL && double(state.base) <= (double(FILL) + 104.0) * double(LOG2E);
+    return FINITE_FILL && double(state.top) <= double(FILL) + 104.0;
 }
 
 INLINE void write_row(const Call& call, int64_t b, int64_t h, int64_t i, const float* sums, const RowState& state) {
