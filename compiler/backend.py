@@ -1,6 +1,8 @@
 """The backend of ``torch.compile(model, backend="tileweld")``: capture, passes, AOT, lowering, joined here and nowhere else."""
 from __future__ import annotations
 
+import copy
+
 from torch.fx import GraphModule
 
 from .. import passes
@@ -13,14 +15,22 @@ from .pipeline import run
 from .report import Report
 
 
-def tileweld(gm: GraphModule, example_inputs, *, options=None, mode=None, report: Report | None = None):
-    """Compile one graph of Dynamo's. ``options``: see options.TABLE; ``mode`` is torch.compile's and changes nothing here."""
+def tileweld(gm: GraphModule, example_inputs, *, options=None, mode=None, report: Report | None = None, build: bool = True):
+    """Compile one graph of Dynamo's. ``options``: see options.TABLE; ``mode`` is torch.compile's and changes nothing here.
+
+    report: filled with what happened; build False: stop before kernels, the fused ops run on their definition.
+    """
     checked = Options.parse(options, tuple(p.NAME for p in passes.PIPELINE))
     report = report if report is not None else Report()
-    rewritten = rewrite(gm, example_inputs, checked, report)
-    number = len(report.graphs) - 1
-    log.get("passes").info("graph %d: %s", number, dict(report.counts) or "nothing fused")
-    return compile_graph(rewritten, example_inputs, lambda graph, is_backward: lower(graph, checked, report, number))
+    before = report.mark()
+    try:
+        rewritten = rewrite(gm, example_inputs, checked, report)
+        number = len(report.graphs) - 1
+        log.get("passes").info("graph %d: %s", number, dict(report.counts) or "nothing fused")
+        return compile_graph(rewritten, example_inputs, lambda graph, is_backward: lower(graph, checked, report, number) if build else graph.forward)
+    except BaseException:  # also Dynamo's own restarts (it specialises floats and calls again): what was noted did not come to be
+        report.rollback(before)
+        raise
 
 
 def rewrite(gm: GraphModule, example_inputs, options: Options, report: Report) -> GraphModule:
@@ -33,6 +43,4 @@ def rewrite(gm: GraphModule, example_inputs, options: Options, report: Report) -
 
 
 def _copy(gm: GraphModule) -> GraphModule:
-    import copy
-
     return GraphModule(gm, copy.copy(gm.graph))

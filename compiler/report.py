@@ -56,6 +56,15 @@ class Report:
         self.captured: list[GraphModule] = []
         self.sources: list = []  # ir.kernel.Kernel, in order of first use
 
+    def mark(self) -> dict[str, int]:
+        """The present lengths of all lists, for `rollback`."""
+        return {name: len(rows) for name, rows in vars(self).items()}
+
+    def rollback(self, mark: dict[str, int]) -> None:
+        """Forget what was noted since ``mark``."""
+        for name, length in mark.items():
+            del getattr(self, name)[length:]
+
     @property
     def counts(self) -> Counter:
         """Rewrites made, by name."""

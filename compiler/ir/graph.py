@@ -7,6 +7,8 @@ import sympy
 import torch
 from torch.fx import Node
 
+from .nodes import floordiv, mod
+
 aten = torch.ops.aten
 
 
@@ -32,8 +34,23 @@ def shape(node) -> list[sympy.Expr]:
 
 
 def size(s) -> sympy.Expr:
-    """An int or SymInt as a sympy expression."""
-    return sympy.Integer(s) if isinstance(s, int) else s.node.expr
+    """An int or SymInt as a sympy expression of shape symbols."""
+    return sympy.Integer(s) if isinstance(s, int) else _own(s.node.expr)
+
+
+def _own(e):
+    """torch's shape functions (its Max, FloorDiv, Mod, ...) as sympy's and ours, told by name: the classes are private."""
+    if not e.args:
+        return e
+    arguments = [_own(a) for a in e.args]
+    build = _SHAPE_FUNCTIONS.get(type(e).__name__)
+    return build(*arguments) if build is not None else e.func(*arguments)
+
+
+_SHAPE_FUNCTIONS = {
+    "Max": sympy.Max, "Min": sympy.Min, "FloorDiv": floordiv, "CleanDiv": floordiv, "PythonMod": mod, "Mod": mod,
+    "ModularIndexing": lambda x, divisor, modulus: mod(floordiv(x, divisor), modulus), "CeilDiv": lambda x, n: floordiv(x + n - 1, n),
+}
 
 
 def argument(node: Node, position: int, name: str, default=None):
