@@ -5,17 +5,20 @@ constexpr int TILE_ROWS = 16 * MR;
 // keys [Tk, D] to panels [panel][D][PANEL], zeros past the last key
 static void pack_keys(const Call& call, int64_t b, int64_t head, int64_t panel, float* __restrict to) {
     const int64_t* stride = call.k_stride;
-    const int64_t first = panel * PANEL;
-    const int count = int(call.Tk - first < PANEL ? call.Tk - first : PANEL);
-    const Element* from = call.k + b * stride[0] + head * stride[1] + first * stride[2];
-    constexpr int STEP = 16;  // columns at a time: a cache line of each row is read whole while it is in L1
-    for (int d0 = 0; d0 < D; d0 += STEP) {
-        const int d1 = d0 + STEP < D ? d0 + STEP : D;
-        for (int key = 0; key < count; ++key)
-            for (int d = d0; d < d1; ++d) to[d * PANEL + key] = element(from[key * stride[2] + d * stride[3]]);
-    }
-    for (int key = count; key < PANEL; ++key)
-        for (int d = 0; d < D; ++d) to[d * PANEL + key] = 0.0f;
+    const Element* from = call.k + b * stride[0] + head * stride[1];
+    for (int key = 0; key < PANEL; key += VL)
+        for (int d0 = 0; d0 < D; d0 += VL) {
+            Vector rows[VL];
+#pragma GCC unroll 16
+            for (int n = 0; n < VL; ++n) {
+                const int64_t j = panel * PANEL + key + n;
+                rows[n] = j < call.Tk ? gather_vector(from + j * stride[2] + d0 * stride[3], stride[3], D - d0) : Vector{};
+            }
+            transpose(rows);
+#pragma GCC unroll 16
+            for (int n = 0; n < VL; ++n)
+                if (d0 + n < D) store_vector(to + (d0 + n) * PANEL + key, rows[n]);
+        }
 }
 
 // values [Tk, DV] to stripes [stripe][Tk][STRIPE * VL], zeros in the padding columns; one panel's worth of keys
@@ -27,7 +30,7 @@ static void pack_values(const Call& call, int64_t b, int64_t head, int64_t panel
         for (int d0 = 0; d0 < DVP; d0 += STRIPE * VL) {
             const int columns = DVP - d0 < STRIPE * VL ? DVP - d0 : STRIPE * VL;
             float* row = to + d0 * call.Tk + key * columns;
-            for (int d = 0; d < columns; ++d) row[d] = d0 + d < DV ? element(from[(d0 + d) * stride[3]]) : 0.0f;
+            for (int d = 0; d < columns; d += VL) store_vector(row + d, gather_vector(from + (d0 + d) * stride[3], stride[3], DV - d0 - d));
         }
     }
 }
@@ -110,31 +113,33 @@ static void attend_rows(const Call& call, Tile& tile, const float* keys, const f
 static void attend_packed(const Call& call) {
     const int64_t panels = (call.Tk + PANEL - 1) / PANEL, key_size = panels * PANEL * D, value_size = call.Tk * DVP;
     const int64_t key_group = call.H / call.Hk, value_group = call.H / call.Hv;
-    Buffer keys(call.B * call.Hk * key_size), values(call.B * call.Hv * value_size);
+    const int threads = omp_get_max_threads();
+    const int64_t keys_size = call.B * call.Hk * key_size, values_size = call.B * call.Hv * value_size, scratch_size = TILE_ROWS * (D + DVP) + MR * BLOCK + 16;
+    Workspace workspace(keys_size + values_size + threads * scratch_size + 32);
+    float *keys = workspace.take(keys_size), *values = workspace.take(values_size), *scratch = workspace.data;
     // Smaller tiles where there would be fewer than four for each thread.
     int64_t tile_rows = TILE_ROWS;
-    while (tile_rows > 4 * MR && call.B * call.H * ((call.Tq + tile_rows - 1) / tile_rows) < 4 * omp_get_max_threads()) tile_rows -= 4 * MR;
+    while (tile_rows > 4 * MR && call.B * call.H * ((call.Tq + tile_rows - 1) / tile_rows) < 4 * threads) tile_rows -= 4 * MR;
     const int64_t tiles = (call.Tq + tile_rows - 1) / tile_rows;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
-        Buffer scratch(TILE_ROWS * (D + DVP) + MR * BLOCK);
         Tile tile;
-        tile.scores = scratch.data;
+        tile.scores = scratch + omp_get_thread_num() * scratch_size;
         tile.q = tile.scores + MR * BLOCK;
         tile.sums = tile.q + TILE_ROWS * D;
 #pragma omp for schedule(static) nowait
         for (int64_t n = 0; n < call.B * call.Hk * panels; ++n)
-            pack_keys(call, n / panels / call.Hk, n / panels % call.Hk, n % panels, keys.data + n / panels * key_size + n % panels * PANEL * D);
+            pack_keys(call, n / panels / call.Hk, n / panels % call.Hk, n % panels, keys + n / panels * key_size + n % panels * PANEL * D);
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < call.B * call.Hv * panels; ++n)
-            pack_values(call, n / panels / call.Hv, n / panels % call.Hv, n % panels, values.data + n / panels * value_size);
+            pack_values(call, n / panels / call.Hv, n / panels % call.Hv, n % panels, values + n / panels * value_size);
         // Last rows first: under a causal mask they see most keys, and the short ones fill the end.
 #pragma omp for schedule(dynamic, 1)
         for (int64_t n = 0; n < call.B * call.H * tiles; ++n) {
             const int64_t b = n / tiles / call.H, h = n / tiles % call.H, first = (tiles - 1 - n % tiles) * tile_rows;
             const int rows = int(call.Tq - first < tile_rows ? call.Tq - first : tile_rows);
-            const float* k = keys.data + (b * call.Hk + h / key_group) * key_size;
-            const float* v = values.data + (b * call.Hv + h / value_group) * value_size;
+            const float* k = keys + (b * call.Hk + h / key_group) * key_size;
+            const float* v = values + (b * call.Hv + h / value_group) * value_size;
             load_queries(call, b, h, first, rows, tile.q);
             attend_rows(call, tile, k, v, b, h, first, rows, false);
             bool redo = false;

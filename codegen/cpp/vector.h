@@ -1,11 +1,9 @@
 // Vectors of floats by GCC's and clang's vector extensions, 16-bit floats, and the exponential of the softmax.
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <new>
 #include <type_traits>
 #include <utility>
@@ -41,6 +39,7 @@ INLINE To bit_cast(From x) {
     return y;
 }
 
+constexpr int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // ---- element(x): what the scalar language computes with, float or integer
@@ -96,12 +95,30 @@ INLINE Vector load_vector(const Half* p) {
 }
 INLINE void store_vector(float* p, Vector x) { *reinterpret_cast<LooseVector*>(p) = x; }
 
-// The first `count` elements, zeros behind them.
+// The first `count` of VL elements `stride` apart, zeros behind them.
 template <class Element>
-INLINE Vector load_part(const Element* p, int count) {
+INLINE Vector gather_vector(const Element* p, int64_t stride, int count) {
+    if (stride == 1 && count >= VL) return load_vector(p);
     float lanes[VL] = {};
-    for (int lane = 0; lane < count; ++lane) lanes[lane] = element(p[lane]);
+    for (int lane = 0; lane < VL && lane < count; ++lane) lanes[lane] = element(p[lane * stride]);
     return load_vector(lanes);
+}
+
+// VL rows of VL floats to columns: blocks of `step` change places, from the largest to single lanes.
+template <int step, size_t... lane>
+INLINE void swap_blocks(Vector& x, Vector& y, std::index_sequence<lane...>) {
+    const Vector upper = __builtin_shufflevector(x, y, (lane & step ? int(lane ^ step) + VL : int(lane))...);
+    y = __builtin_shufflevector(x, y, (lane & step ? int(lane) + VL : int(lane ^ step))...);
+    x = upper;
+}
+template <int step = VL / 2>
+INLINE void transpose(Vector* rows) {
+    if constexpr (step > 0) {
+#pragma GCC unroll 16
+        for (int n = 0; n < VL; ++n)
+            if (!(n & step)) swap_blocks<step>(rows[n], rows[n + step], std::make_index_sequence<VL>());
+        transpose<step / 2>(rows);
+    }
 }
 
 INLINE Vector larger(Vector x, Vector y) { return x > y ? x : y; }  // y where x is NaN
@@ -146,13 +163,46 @@ INLINE Vector exp2_of(Vector x) {
 
 // ---- memory
 
-// Floats at a cache line's start; a thread's scratch, freed at the end of its scope.
-struct Buffer {
+constexpr int64_t KEPT_FLOATS = int64_t(8) << 20;  // 32 MiB: fresh pages cost 0.3 ms a MiB to touch, as long as packing them takes
+
+// A call's floats, from a cache line's start. A calling thread keeps them for its next call, up to KEPT_FLOATS.
+class Workspace {
+    struct Kept {
+        float* data = nullptr;
+        int64_t size = 0;
+        ~Kept() { std::free(data); }
+    };
+    Kept& kept;
+
+public:
     float* data;
-    explicit Buffer(int64_t count) : data(static_cast<float*>(std::aligned_alloc(64, round_up(count * 4 + 64, 64)))) {
-        if (data == nullptr) throw std::bad_alloc();
+    explicit Workspace(int64_t count) : kept(of_thread()) {
+        if (count > kept.size) {
+            std::free(kept.data);
+            kept.size = 0;
+            kept.data = static_cast<float*>(std::aligned_alloc(64, size_t(round_up(count, 16)) * sizeof(float)));
+            if (kept.data == nullptr) throw std::bad_alloc();
+            kept.size = count;
+        }
+        data = kept.data;
     }
-    ~Buffer() { std::free(data); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
+    ~Workspace() {
+        if (kept.size <= KEPT_FLOATS) return;
+        std::free(kept.data);
+        kept.data = nullptr;
+        kept.size = 0;
+    }
+    Workspace(const Workspace&) = delete;
+    Workspace& operator=(const Workspace&) = delete;
+    float* take(int64_t count) {  // in multiples of a cache line, up to what was asked for
+        float* taken = data;
+        data += round_up(count, 16);
+        return taken;
+    }
+
+private:
+    static Kept& of_thread() {
+        static thread_local Kept kept;
+        return kept;
+    }
 };

@@ -1,0 +1,125 @@
+"""The generated C++ attention kernels against torch's scaled_dot_product_attention: python benchmarks/kernels_cpu.py [--only causal]
+
+Contenders take turns in one process; medians. GFLOP/s count what the mask leaves to be computed (4 x visible pairs x head dim),
+for both. Inputs are laid out as a model's projections leave them, [B, T, H, D] transposed. "mask" in the column of torch: it has to
+be given the mask or bias as a tensor, made before the clock starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from tileweld.codegen.cpp.attention import emit
+from tileweld.compiler.ir.attention import Variant, empty_output, integer_captures
+from tileweld.compiler.ir.evaluate import Evaluator
+from tileweld.runtime.build import CppUnit, compile_cpp
+from tileweld.runtime.launch import CppLauncher
+
+
+@dataclasses.dataclass
+class Workload:
+    name: str
+    score: str = "s*0.125"
+    mask: str = "True"
+    shape: tuple = (1, 12, 12, 2048, 2048, 64)  # B, H, Hk, Tq, Tk, D
+    captures: Callable = lambda B, H, Tq, Tk: []  # noqa: E731
+    torch_does: str = "mask"  # "plain" | "causal" | "mask" | "none"
+    dtype: torch.dtype = torch.float32
+
+
+WINDOW = "(j <= i) & (i - j < 256)"
+LONG = (1, 12, 12, 4096, 4096, 64)
+
+
+def keep(B, H, Tq, Tk):
+    return [torch.arange(Tk).expand(B, Tk) >= Tk // 4]
+
+
+WORKLOADS = [
+    Workload("full", torch_does="plain"),
+    Workload("causal", mask="j <= i", torch_does="causal"),
+    Workload("causal, 128", mask="j <= i", shape=(1, 12, 12, 128, 128, 64), torch_does="causal"),
+    Workload("causal, head dim 128, GQA 16/4", mask="j <= i", shape=(1, 16, 4, 2048, 2048, 128), torch_does="causal"),
+    Workload("causal, bfloat16", mask="j <= i", torch_does="causal", dtype=torch.bfloat16),
+    Workload("window 256", mask=WINDOW, shape=LONG),
+    Workload("window 256 and softcap", score="50*tanh(0.0025*s)", mask=WINDOW, shape=LONG, torch_does="none"),
+    Workload("causal and softcap", score="50*tanh(0.0025*s)", mask="j <= i", torch_does="none"),
+    Workload("ALiBi", score="s*0.125 + c0[h]*(j - i)", mask="j <= i", captures=lambda B, H, Tq, Tk: [torch.rand(H)]),
+    Workload("T5 bias", score="s + c0[c1[j - i + Tq], h]", captures=lambda B, H, Tq, Tk: [torch.randn(32, H), torch.randint(0, 32, (Tq + Tk,))]),
+    Workload("dense bias", score="s*0.125 + c0[0, h, i, j]", captures=lambda B, H, Tq, Tk: [torch.randn(1, H, Tq, Tk)]),
+    Workload("padding", mask="c0[b, j] != 0", shape=(2, 12, 12, 1024, 1024, 64), captures=keep),
+    Workload("causal padding", mask="(j <= i) & (c0[b, j] != 0)", shape=(2, 12, 12, 1024, 1024, 64), captures=keep),
+    Workload("decode", shape=(1, 12, 12, 1, 4096, 64), torch_does="plain"),
+    Workload("decode, GQA 32/8, 16384", shape=(1, 32, 8, 1, 16384, 128), torch_does="plain"),
+    Workload("decode, GQA 32/8, bfloat16", shape=(1, 32, 8, 1, 16384, 128), torch_does="plain", dtype=torch.bfloat16),
+    Workload("decode of 4, GQA 32/8", shape=(1, 32, 8, 4, 4096, 128), torch_does="plain"),
+]
+
+
+def bias_of(variant, captures, shape):
+    """The mask, or the mask and bias, as the tensor that torch wants; and the number of visible pairs."""
+    B, H, _, Tq, Tk, _ = shape
+    env = {"b": torch.arange(B).view(-1, 1, 1, 1), "h": torch.arange(H).view(1, -1, 1, 1), "i": torch.arange(Tq).view(-1, 1), "j": torch.arange(Tk), "Tq": Tq, "Tk": Tk,
+           "s": torch.zeros(())}
+    evaluate = Evaluator(env, captures, torch.float32)
+    visible = evaluate(variant.mask_expr)
+    pairs = int(visible.expand(B, H, Tq, Tk).sum())
+    if variant.linear_scale is not None:
+        return visible, pairs
+    return torch.where(visible, evaluate.float(variant.score_expr), float("-inf")), pairs
+
+
+def median(times):
+    return sorted(times)[len(times) // 2]
+
+
+def run(workload: Workload, rounds: int) -> str:
+    B, H, Hk, Tq, Tk, D = workload.shape
+    captures = workload.captures(B, H, Tq, Tk)
+    variant = Variant(workload.score, workload.mask, integer_captures=integer_captures(captures))
+    kernel = emit(variant, q_dtype=workload.dtype, capture_dtypes=[c.dtype for c in captures], capture_ranks=[c.dim() for c in captures], head_dim=D, value_dim=D)
+    launch = CppLauncher(compile_cpp([CppUnit(kernel.name, kernel.source, kernel.link_torch)])[0], kernel.entry)
+    q, k, v = (torch.randn(B, length, heads, D).to(workload.dtype).transpose(1, 2) for length, heads in ((Tq, H), (Tk, Hk), (Tk, Hk)))
+    out = empty_output(q, D)
+    bias, pairs = bias_of(variant, captures, workload.shape)
+    contenders = [lambda: launch([out, q, k, v, *captures])]
+    scale = variant.linear_scale or (0.125 if workload.score.startswith("s*") else 1.0)
+    options = {"plain": {}, "causal": {"is_causal": True}, "mask": {"attn_mask": bias if bias.dtype == torch.bool else bias.to(workload.dtype)}}.get(workload.torch_does)
+    if options is not None:
+        contenders.append(lambda: F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=Hk != H, **options))
+        contenders[0]()
+        error = (out.float() - contenders[1]().float()).abs().max().item()
+        assert error < (1e-3 if workload.dtype == torch.float32 else 3e-2), f"{workload.name}: kernel and torch differ by {error}"
+    times = [[] for _ in contenders]
+    for _ in range(rounds):
+        for contender, taken in zip(contenders, times):
+            start = time.perf_counter()
+            contender()
+            taken.append(time.perf_counter() - start)
+    flop = 4 * pairs * D
+    cells = [f"{median(taken) * 1e3:9.2f} ms {flop / median(taken) / 1e9:6.0f} GFLOP/s" for taken in times]
+    if options is None:
+        return f"{workload.name:32}{cells[0]}   {'torch has none':>28}"
+    return f"{workload.name:32}{cells[0]}   {cells[1]} {workload.torch_does:6} {median(times[1]) / median(times[0]):6.2f}x"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="workloads whose name contains this")
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n{'':32}{'tileweld':>27}   {'torch':>27}")
+    for workload in WORKLOADS:
+        if arguments.only in workload.name:
+            print(run(workload, arguments.rounds), flush=True)
+
+
+if __name__ == "__main__":
+    main()
