@@ -86,3 +86,8 @@ def insert(graph: torch.fx.Graph, target, *args, **kwargs) -> Node:
     node = graph.call_function(target, args, kwargs)
     node.meta["val"] = known
     return node
+
+
+def op_name(node: Node) -> str:
+    """What a person calls the op: "softmax" for aten.softmax.int."""
+    return "the graph's output" if node.op == "output" else str(node.target).replace("aten.", "").split(".")[0]

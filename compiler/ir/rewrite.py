@@ -38,6 +38,18 @@ class Refusal:
     cure: str = ""
 
 
+class Refused(Exception):
+    """Raised inside a pass: the place has the pattern, and this is why it stays as it is."""
+
+    def __init__(self, reason: str, node: Node, cure: str = ""):
+        super().__init__(reason)
+        self.refusal = Refusal(reason, node, cure)
+
+
+class NotThePattern(Exception):
+    """Raised inside a pass: a place that only looked like the pattern (a router's softmax); nothing to report."""
+
+
 class Rewrite(Protocol):
     """What passes/__init__.PIPELINE lists: a module."""
 
