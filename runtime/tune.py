@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import statistics
 
 import torch
@@ -65,3 +67,23 @@ def _milliseconds(run) -> float:
         stop.synchronize()
         samples.append(start.elapsed_time(stop))
     return statistics.median(samples)
+
+
+@functools.lru_cache(4096)
+def split_count(programs: int, tiles: int, device: torch.device) -> int:
+    """Over how many programs the key tiles of each of `programs` are split, so that the GPU's processors are busy in whole waves.
+
+    The rule of FlashAttention's heuristics.h: none where 80% of the processors have work or keys are few; else the smallest
+    count whose last wave is within 85% of the best count's.
+    """
+    processors = 8 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    if programs >= 0.8 * processors or tiles <= 4:
+        return 1
+
+    def efficiency(splits):
+        waves = programs * splits / processors
+        return waves / math.ceil(waves)
+
+    counts = [n for n in range(1, min(tiles, 128, processors) + 1) if n == 1 or -(-tiles // n) != -(-tiles // (n - 1))]
+    best = max(map(efficiency, counts))
+    return next(n for n in counts if efficiency(n) >= 0.85 * best)

@@ -12,15 +12,17 @@ import torch
 from ...compiler.errors import UnsupportedError
 from ...compiler.ir.attention import Variant
 from ...compiler.ir.kernel import Kernel
+from .decode import COMBINE_PARAMETERS, decode_kernels
 from .kernel import AttentionText
 from .source import fill
-from .tiles import INTERPRETER, configs
+from .tiles import configs
 
 #: dtype -> Triton's name of a pointer to it; booleans are read as bytes
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64", torch.bool: "*i8", torch.int8: "*i8", torch.uint8: "*u8",
             torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+SCRATCH = {"acc_ptr": "*fp32", "m_ptr": "*fp32", "l_ptr": "*fp32", "near_ptr": "*i32"}
 
 MODULE = '''
 """tileweld::attention   out = softmax(where(mask, score, fill)) v      from the rewrite `attention`
@@ -35,17 +37,25 @@ import torch
 import triton
 import triton.language as tl
 
-from tileweld.runtime.tune import pick
+from tileweld.runtime.tune import pick, split_count
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages), the default first
+# (BLOCK_M, BLOCK_N, num_warps, num_stages), the default first; "cpu" is Triton's interpreter
 CONFIGS = {
-    "cuda": $cuda,
-    "hip": $hip,
-    "cpu": $cpu,  # Triton's interpreter
+    $configs
 }
+DECODE_CONFIGS = {  # BLOCK_M grows to the rows of a group of heads
+    $decode_configs
+}
+DECODE_ROWS = 64  # up to so many rows a KV head, decode_kernel reads K and V once for all of them
 
 
-$kernels
+$functions
+
+
+$prefill
+
+
+$decode
 
 
 def attention(tensors, ints, floats):
@@ -58,15 +68,21 @@ def attention(tensors, ints, floats):
     if q.device.type == "cpu":
         if q.dtype == torch.bfloat16:  # the interpreter computes bf16 on raw bits
             result = torch.empty_like(out, dtype=torch.float32)
-            captures = [x.float() if x.is_floating_point() else x for x in captures]
             attention([result, q.float(), k.float(), v.float(), *captures], ints, floats)
             out.copy_(result)
             return
         captures = [x.float() if x.dtype == torch.bfloat16 else x for x in captures]
     captures = [x.view(torch.int8) if x.dtype == torch.bool else x for x in captures]
+    if k.shape[1] == v.shape[1] and q.shape[2] * (q.shape[1] // k.shape[1]) <= DECODE_ROWS:
+        launch_decode(out, q, k, v, captures, ints)
+    else:
+        launch_prefill(out, q, k, v, captures, ints)
+
+
+def launch_prefill(out, q, k, v, captures, ints):
     B, H, Tq, _ = q.shape
     Tk = k.shape[2]
-    arguments = ($call)
+    arguments = ($prefill_call)
 
     def launch(config):
         block_m, block_n, num_warps, num_stages = config
@@ -76,14 +92,48 @@ def attention(tensors, ints, floats):
     launch(pick(attention_kernel, CONFIGS, (B * H, Tq, Tk), q.device, launch))
 
 
+def launch_decode(out, q, k, v, captures, ints):
+    B, H, Tq, _ = q.shape
+    Tk, pairs, width = k.shape[2], B * k.shape[1], v.shape[3]
+    block_m = max(16, triton.next_power_of_2(Tq * H // k.shape[1]))
+
+    def launch(config):
+        _, block_n, num_warps, num_stages = config
+        splits = split_count(pairs, triton.cdiv(Tk, block_n), q.device)
+        acc = m = l = near = out  # not read without splits
+        if splits > 1:
+            acc = torch.empty((B * H * Tq, splits, width), dtype=torch.float32, device=q.device)
+            m, l = torch.empty((2, B * H * Tq, splits), dtype=torch.float32, device=q.device)
+            near = torch.empty(B * H * Tq, dtype=torch.int32, device=q.device)
+        arguments = ($decode_call)
+        options = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+        compiled = decode_kernel[(pairs, splits)](*arguments, SPLIT=splits > 1, REDO=False, **options)
+        if splits > 1:
+            combine_kernel[(B * H * Tq,)](out, acc, m, l, near, out.stride(0), out.stride(1), out.stride(2), out.stride(3), H, Tq, splits,
+                                          SPLITS=triton.next_power_of_2(splits), num_warps=4, enable_fp_fusion=True)
+            $redo
+        return compiled
+
+    launch(pick(decode_kernel, DECODE_CONFIGS, (pairs, Tq, Tk), q.device, launch))
+
+
 # For compilation without a GPU: types of the arguments, constants (unit strides) and what is a multiple of 16, as at run time.
-AOT = [
-    dict(kernel="attention_kernel", backend=backend, config=config, num_warps=config[2], num_stages=config[3],
-         signature=$signature,
-         constants=dict($constants, BLOCK_M=config[0], BLOCK_N=config[1]),
-         divisible_by_16=$divisible)
-    for backend in ("cuda", "hip") for config in CONFIGS[backend]
-]
+AOT = []
+for backend in ("cuda", "hip"):
+    for config in CONFIGS[backend]:
+        AOT.append(dict(
+            kernel="attention_kernel", backend=backend, config=config,
+            $prefill_aot
+            constants=dict($prefill_constants, BLOCK_M=config[0], BLOCK_N=config[1])))
+    for config in DECODE_CONFIGS[backend]:
+        AOT.append(dict(
+            kernel="decode_kernel", backend=backend, config=config,
+            $decode_aot
+            constants=dict($decode_constants, BLOCK_M=config[0], BLOCK_N=config[1], SPLIT=True, REDO=False)))
+    AOT.append(dict(
+        kernel="combine_kernel", backend=backend, config=(16, 4, 3),
+        $combine_aot
+        constants=dict(stride_od=1, SPLITS=16)))
 '''
 
 _STRIDES = {"q": ("q", "bhid"), "k": ("k", "bhjd"), "v": ("v", "bhjd"), "o": ("out", "bhid")}
@@ -103,22 +153,29 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
     capture_names = [name for k, rank in enumerate(capture_ranks)
                      for name in (f"c{k}_ptr", *(f"c{k}_s{axis}" for axis in range(rank)), *(f"c{k}_n{axis}" for axis in range(rank)))]
     sizes = ["H", "GROUP_K", "GROUP_V", "Tq", "Tk", *(f"n{n}" for n in range(num_sizes))]
-    kernels = text.kernel(["out_ptr", "q_ptr", "k_ptr", "v_ptr", *tensors], capture_names, sizes)
-    signature = {name: _type(name, q_dtype, capture_dtypes) for name in text.parameters}
-    constants = [f"stride_{letter}d" for letter in _STRIDES] + [f"c{k}_s{rank - 1}" for k, rank in enumerate(capture_ranks) if rank and f"c{k}_s{rank - 1}" in text.parameters]
-    divisible = [name for name in text.parameters if name.endswith("_ptr") or (name not in constants and name.startswith("stride"))]
-    for name in constants:
-        signature[name] = "constexpr"
-    signature |= {"BLOCK_M": "constexpr", "BLOCK_N": "constexpr"}
+    prefill = text.kernel(["out_ptr", "q_ptr", "k_ptr", "v_ptr", *tensors], capture_names, sizes)
+    decode = decode_kernels(text, ["out_ptr", "q_ptr", "k_ptr", "v_ptr", *tensors], capture_names, sizes)
+    units = [f"stride_{letter}d" for letter in _STRIDES] + [f"c{k}_s{rank - 1}" for k, rank in enumerate(capture_ranks)]
+
+    def aot(parameters, *constants):
+        types = {name: "constexpr" if name in units else _type(name, q_dtype, capture_dtypes) for name in parameters} | dict.fromkeys(constants, "constexpr")
+        divisible = [name for name, kind in types.items() if kind[0] == "*" or (name.startswith("stride") and kind != "constexpr")]
+        return [f"signature={types!r},", f"divisible_by_16={divisible!r},"], ", ".join(f"{name}=1" for name in parameters if name in units)
+
+    prefill_aot, prefill_constants = aot(text.prefill, "BLOCK_M", "BLOCK_N")
+    decode_aot, decode_constants = aot(text.decode, "BLOCK_M", "BLOCK_N", "SPLIT", "REDO")
+    combine_aot, _ = aot(COMBINE_PARAMETERS, "SPLITS")
     dtype = str(q_dtype).removeprefix("torch.")
     captures = ", ".join(f"c{k} {str(d).removeprefix('torch.')}[{rank}-d]" for k, (d, rank) in enumerate(zip(capture_dtypes, capture_ranks, strict=True)))
     source = fill(
         MODULE, score=variant.score, mask=variant.mask, fill=variant.fill, empty={"nan": "nan", "zero": "0"}[variant.empty], sink=variant.sink or "none",
-        dtypes=dtype + (f", {captures}" if captures else ""), head_dim=head_dim, value_dim=value_dim, kernels=kernels, captures=captures or "no captures",
-        sizes=", ".join(f"n{n}" for n in range(num_sizes)) or "none", call=", ".join(_host_argument(name) for name in text.parameters),
-        **{backend: repr(tuple((c.block_m, c.block_n, c.num_warps, c.num_stages) for c in configs(q_dtype, head_dim, value_dim, backend))) for backend in ("cuda", "hip")},
-        cpu=repr(((INTERPRETER.block_m, INTERPRETER.block_n, INTERPRETER.num_warps, INTERPRETER.num_stages),)),
-        signature=repr(signature), constants=", ".join(f"{name}=1" for name in constants), divisible=repr(divisible))
+        dtypes=dtype + (f", {captures}" if captures else ""), head_dim=head_dim, value_dim=value_dim, captures=captures or "no captures",
+        sizes=", ".join(f"n{n}" for n in range(num_sizes)) or "none", functions=text.functions(), prefill=prefill, decode=decode,
+        prefill_call=", ".join(map(_host_argument, text.prefill)), decode_call=", ".join(map(_host_argument, text.decode)),
+        redo="decode_kernel[(pairs, 1)](*arguments, SPLIT=False, REDO=True, **options)" if text.finite_fill else [],
+        configs=[_configs(q_dtype, head_dim, value_dim, backend, False) for backend in ("cuda", "hip", "cpu")],
+        decode_configs=[_configs(q_dtype, head_dim, value_dim, backend, True) for backend in ("cuda", "hip", "cpu")],
+        prefill_aot=prefill_aot, prefill_constants=prefill_constants, decode_aot=decode_aot, decode_constants=decode_constants, combine_aot=combine_aot)
     detail = f"score={variant.score} mask={variant.mask} {dtype} head dim {head_dim}" + (f"/{value_dim}" if value_dim != head_dim else "")
     return Kernel(name="attention", language="triton", source=source, entry="attention", rewrite="attention", detail=detail)
 
@@ -134,15 +191,22 @@ def _check(q_dtype, capture_dtypes, head_dim, value_dim):
             raise UnsupportedError(f"no Triton attention kernel for a captured tensor c{k} of {dtype}", cure=f"use one of {', '.join(str(d).removeprefix('torch.') for d in POINTERS)}")
 
 
+def _configs(dtype, head_dim, value_dim, backend, decode) -> str:
+    chosen = [(c.block_m, c.block_n, c.num_warps, c.num_stages) for c in configs(dtype, head_dim, value_dim, backend, decode)]
+    return f'"{backend}": {chosen!r},'
+
+
 def _type(name, q_dtype, capture_dtypes) -> str:
     if not name.endswith("_ptr"):
         return "i32"
+    if name in SCRATCH:
+        return SCRATCH[name]
     return POINTERS[capture_dtypes[int(name[1:-4])] if name[0] == "c" else q_dtype]
 
 
 def _host_argument(name: str) -> str:
     """What the host passes for a parameter of the kernel."""
-    if name in ("out_ptr", "q_ptr", "k_ptr", "v_ptr"):
+    if name in ("out_ptr", "q_ptr", "k_ptr", "v_ptr", *SCRATCH):
         return name[:-4]
     if name.startswith("stride_"):
         tensor, axes = _STRIDES[name[7]]

@@ -24,6 +24,7 @@ from .source import fill, used
 from .tiles import Chunk, chunks
 
 FP32_MAX = 3.4028234e38
+ALWAYS = ("H", "GROUP_K", "GROUP_V", "Tq", "Tk")  # sizes that every kernel reads
 NEGLIGIBLE = 104.0  # exp(-104) is below half of the smallest positive float32
 
 ATTEND = '''
@@ -62,11 +63,11 @@ def attention_kernel($arguments):
     rows = i0 + tl.arange(0, BLOCK_M)
     i = rows[:, None]
     # offsets of batches, heads and blocks in 64 bits; inside a tile 32 bits are enough
-    q_ptr += tl.cast(b, tl.int64) * stride_qb + tl.cast(h, tl.int64) * stride_qh + tl.cast(i0, tl.int64) * stride_qi
+    local = tl.arange(0, BLOCK_M)[:, None]
+    q_rows = q_ptr + tl.cast(b, tl.int64) * stride_qb + tl.cast(h, tl.int64) * stride_qh + tl.cast(i0, tl.int64) * stride_qi + local * stride_qi
     k_ptr += tl.cast(b, tl.int64) * stride_kb + tl.cast(h // GROUP_K, tl.int64) * stride_kh
     v_ptr += tl.cast(b, tl.int64) * stride_vb + tl.cast(h // GROUP_V, tl.int64) * stride_vh
-    out_ptr += tl.cast(b, tl.int64) * stride_ob + tl.cast(h, tl.int64) * stride_oh + tl.cast(i0, tl.int64) * stride_oi
-    local = tl.arange(0, BLOCK_M)[:, None]
+    out_rows = out_ptr + tl.cast(b, tl.int64) * stride_ob + tl.cast(h, tl.int64) * stride_oh + tl.cast(i0, tl.int64) * stride_oi + local * stride_oi
     $queries
     $hoisted
     $start
@@ -85,6 +86,9 @@ class AttentionText:
         self.qk_chunks, self.v_chunks = chunks(head_dim), chunks(value_dim)
         self.masked = variant.mask_expr is not sympy.true
         self.ranges: Ranges = ranges(variant.mask_expr)
+        self.value_dim = value_dim
+        self.test_reads_head = self.ranges.tile_test.has(sc.H)
+        self.tested = self.ranges.tile_test is not sympy.true
         self.finite_fill = self.masked and math.isfinite(variant.fill)
         self.helpers, self.wrapped = set(), set()
         score = variant.score_expr
@@ -108,8 +112,8 @@ class AttentionText:
     def in_tile(self, e, masked: bool) -> str:
         return self.print(e, guards={"i": "i < Tq"} | ({"j": "j < Tk"} if masked else {}), hoisted=self.hoisted)
 
-    def by_row(self, e) -> str:
-        return self.print(e, names={"i": "rows"}, guards={"i": "rows < Tq"})
+    def by_row(self, e, packed: bool = False) -> str:
+        return self.print(e, names={"i": "rows", "h": "heads" if packed else "h"}, guards={"i": "rows < Tq"})
 
     def in_units(self, value: float) -> float:
         """A natural score in the units of x, kept finite."""
@@ -148,7 +152,7 @@ class AttentionText:
             lines.append(f"if EXACT:\n    {exact}\nelif MASKED:\n    {hide}")
         else:
             lines.append(f"if MASKED:\n    {hide}")
-        unit = f" * {float_text(self.unit)}" if self.unit != 1.0 else ""
+        unit = self.times_unit
         scale = float_text(self.raw_scale) if raw else None
         general = ["m_new = tl.maximum(m, tl.max(x, 1))", "m_safe = tl.where(m_new == float(\"-inf\"), 0.0, m_new)", f"p = tl.exp2((x - m_safe[:, None]){unit})"]
         if raw:
@@ -177,56 +181,51 @@ class AttentionText:
     def attend(self, scalars: list[str]) -> tuple[str, list[str]]:
         """The function of the loop, and the names it takes from the kernel around it."""
         tile = fill(TILE, scores=self.scores(), softmax=self.softmax(), values=self.values())
-        test = self.ranges.tile_test
-        if test is not sympy.true:
-            names = {"i_lo": "i_lo", "j_lo": "j0", "j_hi": "(tl.minimum(j0 + BLOCK_N, Tk) - 1)"}
-            may = self.print(test, names=names)
-            exact = "visit = j0 >= 0\n" if self.finite_fill else ""
-            head = f"if EXACT:\n    {exact}else:\n    visit = {may}\nif visit:  # else the tile holds no visible key\n" if self.finite_fill else f"if {may}:  # else the tile holds no visible key\n"
+        if self.tested:
+            may = self.print(self.ranges.tile_test, names={"j_lo": "j0", "j_hi": "(tl.minimum(j0 + BLOCK_N, Tk) - 1)"})
+            head = f"if TEST:\n    visit = {may}\nelse:\n    visit = j0 >= 0\nif visit:  # else the tile holds no visible key\n"
             tile = head + "".join(f"    {line}\n" for line in tile.splitlines())
         names = used(tile, ["b", "h", "i_lo", "i_hi", *scalars, *self.hoisted.values()])
         arguments = [*self.state, *(f"q{n}" for n in range(len(self.qk_chunks))), "k_ptr", "v_ptr", "stride_kj", "stride_kd", "stride_vj", "stride_vd", "i", *names, "start", "stop"]
-        constants = ["BLOCK_N: tl.constexpr", "MASKED: tl.constexpr", "EXACT: tl.constexpr"]
+        constants = ["BLOCK_N: tl.constexpr", "MASKED: tl.constexpr", "EXACT: tl.constexpr", *(["TEST: tl.constexpr"] if self.tested else [])]
         dims = self._dims("dims", self.qk_chunks) + self._dims("vdims", self.v_chunks)
         return fill(ATTEND, arguments=", ".join(arguments + constants), dims=dims, tile=tile, state=", ".join(self.state)), arguments[:-2]
 
     # ------------------------------------------------------------------------------------------ around the loop
-    def call(self, arguments: list[str], start: str, stop: str, masked: bool, exact: bool = False) -> str:
-        return f"{', '.join(self.state)} = attend({', '.join(arguments)}, {start}, {stop}, BLOCK_N, MASKED={masked}, EXACT={exact})"
+    def call(self, arguments: list[str], start: str, stop: str, masked: bool, *, exact: bool = False, test: bool = True) -> str:
+        flags = f"MASKED={masked}, EXACT={exact}" + (f", TEST={test and not exact}" if self.tested else "")
+        return f"{', '.join(self.state)} = attend({', '.join(arguments)}, {start}, {stop}, BLOCK_N, {flags})"
 
-    def bound(self, e) -> tuple[str, str]:
+    def bound(self, e, packed: bool = False) -> tuple[str, str]:
         """(lowest, highest) over the rows of the block, as scalars."""
-        both = ends(e)
+        both = ends(e) if not (packed and e.has(sc.H)) else None
         if both is not None:
             return self.print(both[0]), self.print(both[1])
-        text = self.by_row(e)  # a bound that each row reads for itself, such as j <= c0[i]
+        text = self.by_row(e, packed)  # a bound that each row reads for itself, such as j <= c0[i]
         rows = f"{text} + tl.zeros_like(rows)"
         return f"tl.min(tl.where(rows < Tq, {rows}, {2**31 - 1}), 0)", f"tl.max(tl.where(rows < Tq, {rows}, {-2**31}), 0)"
 
-    def bounds(self) -> list[str]:
+    def bounds(self, packed: bool = False) -> list[str]:
         """first <= full_first <= full_last <= last, in keys, all but the ends at multiples of BLOCK_N."""
-        lows, highs = [self.bound(e) for e in self.ranges.lowers], [self.bound(e) for e in self.ranges.uppers]
-        lines = ["# keys [first, last) are visible to some row of the block, [full_first, full_last) to every one"]
-        lines += ["last = Tk", "full_last = Tk"] if self.ranges.has_full_tiles else ["last = Tk"]
+        lows, highs = [self.bound(e, packed) for e in self.ranges.lowers], [self.bound(e, packed) for e in self.ranges.uppers]
+        full = self.ranges.has_full_tiles and not packed
+        lines = ["# keys [first, last) are visible to some row of the block" + (", [full_first, full_last) to every one" if full else "")]
+        lines += ["last = Tk", "full_last = Tk"] if full else ["last = Tk"]
         for low, high in highs:
             lines.append(f"last = tl.minimum(last, {high} + 1)")
-            if self.ranges.has_full_tiles:
+            if full:
                 lines.append(f"full_last = tl.minimum(full_last, {low} + 1)")
-        if lows:
-            lines.append(f"first = tl.maximum(0, {lows[0][0]})")
-            lines += [f"first = tl.maximum(first, {low})" for low, _ in lows[1:]]
-            lines.append("first = tl.cast(tl.minimum(first, Tk), tl.int32) // BLOCK_N * BLOCK_N")
-            if self.ranges.has_full_tiles:
-                lines.append(f"full_first = tl.maximum(0, {lows[0][1]})")
-                lines += [f"full_first = tl.maximum(full_first, {high})" for _, high in lows[1:]]
         lines.append("last = tl.cast(tl.maximum(last, 0), tl.int32)")
-        first = "first" if lows else "0"
-        if self.ranges.has_full_tiles:
-            if lows:
-                lines.append("full_first = tl.cdiv(tl.cast(tl.minimum(full_first, Tk), tl.int32), BLOCK_N) * BLOCK_N")
-                lines.append("full_first = tl.minimum(full_first, tl.maximum(tl.cdiv(last, BLOCK_N) * BLOCK_N, first))")
+        if lows or packed:
+            lines += [f"first = tl.maximum({first}, {low})" for first, (low, _) in zip(["0", *["first"] * len(lows)], lows)] or ["first = last * 0"]
+            lines.append("first = tl.cast(tl.minimum(first, Tk), tl.int32) // BLOCK_N * BLOCK_N")
+        if full and lows:
+            lines += [f"full_first = tl.maximum({first}, {high})" for first, (_, high) in zip(["0", *["full_first"] * len(lows)], lows)]
+            lines.append("full_first = tl.cdiv(tl.cast(tl.minimum(full_first, Tk), tl.int32), BLOCK_N) * BLOCK_N")
+            lines.append("full_first = tl.minimum(full_first, tl.maximum(tl.cdiv(last, BLOCK_N) * BLOCK_N, first))")
+        if full:
             lines.append("full_last = tl.cast(tl.maximum(full_last, 0), tl.int32) // BLOCK_N * BLOCK_N")
-            lines.append(f"full_last = tl.maximum(tl.minimum(full_last, last), {'full_first' if lows else first})")
+            lines.append(f"full_last = tl.maximum(tl.minimum(full_last, last), {'full_first' if lows else '0'})")
         return lines
 
     def loops(self, arguments: list[str]) -> list[str]:
@@ -237,56 +236,67 @@ class AttentionText:
         calls.append(self.call(arguments, "full_first" if lows else "0", "full_last", False))
         return [*calls, self.call(arguments, "full_last", "last", True)]
 
-    def start(self) -> list[str]:
+    def start(self, packed: bool = False) -> list[str]:
         lines = [f"acc{n} = tl.zeros([BLOCK_M, {c.width}], tl.float32)" for n, c in enumerate(self.v_chunks)]
         if self.variant.sink_expr is None:
             return [*lines, 'm = tl.full([BLOCK_M], float("-inf"), tl.float32)', "l = tl.zeros([BLOCK_M], tl.float32)"]
         # the sink is a key without a value: it opens the softmax with the weight 1, none where it is -inf, NaN where it is NaN
-        unit = LOG2E if self.unit == 1.0 else 1.0
-        factor = f" * {float_text(unit)}" if unit != 1.0 else ""
-        inner = f" * {float_text(self.unit)}" if self.unit != 1.0 else ""
-        return [*lines, f"m = tl.zeros([BLOCK_M], tl.float32) + ({self.by_row(self.variant.sink_expr)}){factor}",
-                f'l = tl.exp2((m - tl.where(m == float("-inf"), 0.0, m)){inner})']
+        factor = f" * {float_text(LOG2E)}" if self.unit == 1.0 else ""
+        return [*lines, f"m = tl.zeros([BLOCK_M], tl.float32) + ({self.by_row(self.variant.sink_expr, packed)}){factor}",
+                f'l = tl.exp2((m - tl.where(m == float("-inf"), 0.0, m)){self.times_unit})']
 
-    def exact(self, arguments: list[str]) -> list[str]:
+    @property
+    def times_unit(self) -> str:
+        return f" * {float_text(self.unit)}" if self.unit != 1.0 else ""
+
+    @property
+    def limit(self) -> str:
+        """A row whose maximum is above takes nothing from masked keys."""
+        return float_text(self.in_units(self.variant.fill + NEGLIGIBLE))
+
+    def exact(self, arguments: list[str], packed: bool = False) -> list[str]:
         if not self.finite_fill:
             return []
-        limit = float_text(self.in_units(self.variant.fill + NEGLIGIBLE))
-        again = [*self.start(), self.call(arguments, "0", "Tk", True, exact=True)]
+        again = [*self.start(packed), self.call(arguments, "0", "Tk", True, exact=True)]
         return [f"# rows that see no key, or only scores near the fill {self.variant.fill:g}: there the masked keys count",
-                f"near = tl.max(tl.where((rows < Tq) & (m <= {limit}), 1, 0), 0)", "if near == 1:", *("    " + line for line in again)]
+                f"near = tl.max(tl.where((rows < Tq) & (m <= {self.limit}), 1, 0), 0)", "if near == 1:", *("    " + line for line in again)]
 
-    def finish(self) -> list[str]:
+    def finish(self, inside: str = "(i < Tq)") -> list[str]:
+        """Divide and store the rows; ``out_rows`` are pointers to them."""
         lines = ["l = tl.where(l == 0.0, 1.0, l)  # a row without a key gives 0, not 0/0"] if self.variant.empty == "zero" else []
         for n, chunk in enumerate(self.v_chunks):
-            inside = f" & (vdims{n}[None, :] < {chunk.start + chunk.used})" if chunk.padded else ""
-            lines += self._dims("vdims", self.v_chunks)[n:n + 1]
-            lines.append(f"tl.store(out_ptr + local * stride_oi + vdims{n}[None, :] * stride_od, (acc{n} / l[:, None]).to(out_ptr.dtype.element_ty), mask=(i < Tq){inside})")
+            padding = f" & (vdims{n}[None, :] < {chunk.start + chunk.used})" if chunk.padded else ""
+            lines.append(f"tl.store(out_rows + vdims{n}[None, :] * stride_od, (acc{n} / l[:, None]).to(out_ptr.dtype.element_ty), mask={inside}{padding})")
         return lines
 
     def queries(self) -> list[str]:
-        lines = []
+        """Load the rows at ``q_rows``."""
+        lines = [*self._dims("dims", self.qk_chunks), *self._dims("vdims", self.v_chunks)]
         for n, chunk in enumerate(self.qk_chunks):
-            inside = f" & (dims{n}[None, :] < {chunk.start + chunk.used})" if chunk.padded else ""
-            lines += self._dims("dims", self.qk_chunks)[n:n + 1]
-            lines.append(f"q{n} = tl.load(q_ptr + local * stride_qi + dims{n}[None, :] * stride_qd, mask=(i < Tq){inside}, other=0.0)")
+            padding = f" & (dims{n}[None, :] < {chunk.start + chunk.used})" if chunk.padded else ""
+            lines.append(f"q{n} = tl.load(q_rows + dims{n}[None, :] * stride_qd, mask=(i < Tq){padding}, other=0.0)")
         return lines
 
     def hoists(self) -> list[str]:
         return [f"{name} = {self.print(load, guards={'i': 'i < Tq'})}" for load, name in self.hoisted.items()]
 
-    def kernel(self, parameters: list[str], captures: list[str], unspecialized: list[str]) -> str:
-        """The jit functions of the module. captures: every name that an expression may read; those in use become parameters."""
-        scalars = [*unspecialized, *captures]
-        attend, arguments = self.attend(scalars)
+    def kernel(self, parameters: list[str], captures: list[str], sizes: list[str]) -> str:
+        """The jit functions of the prefill. captures, sizes: the names that an expression may read; those in use become parameters."""
+        self.attend_text, self.arguments = self.attend([*sizes, *captures])
         falls = any(e.has(sc.I) for e in self.ranges.uppers)  # causal: the last block of rows is the longest, so it starts first
         body = dict(first_row="(blocks - 1 - block)" if falls else "block", order="  # the longest blocks first" if falls else "",
-                    queries=self.queries(), hoisted=self.hoists(), start=self.start(), bounds=self.bounds(), loops=self.loops(arguments), exact=self.exact(arguments), finish=self.finish())
-        text = "\n".join("\n".join(part) if isinstance(part, list) else part for part in body.values()) + attend
-        self.captures_used = used(text, captures)
-        sizes = [name for name in unspecialized if name in ("H", "GROUP_K", "GROUP_V", "Tq", "Tk") or name in used(text, unspecialized)]
-        self.parameters = [*parameters, *self.captures_used, *sizes]
-        self.sizes_used = sizes
-        kernel = fill(KERNEL, arguments=", ".join([*self.parameters, "BLOCK_M: tl.constexpr", "BLOCK_N: tl.constexpr"]),
-                      unspecialized=", ".join(f'"{name}"' for name in sizes), **body)
-        return "\n\n".join([*(HELPERS[name] for name in sorted(self.helpers)), attend, kernel])
+                    queries=self.queries(), hoisted=self.hoists(), start=self.start(), bounds=self.bounds(), loops=self.loops(self.arguments),
+                    exact=self.exact(self.arguments), finish=self.finish())
+        names, unspecialized = self.parameters(body, captures, sizes)
+        self.prefill = [*parameters, *names]
+        return fill(KERNEL, arguments=", ".join([*self.prefill, "BLOCK_M: tl.constexpr", "BLOCK_N: tl.constexpr"]), unspecialized=unspecialized, **body)
+
+    def parameters(self, body: dict, captures: list[str], sizes: list[str]) -> tuple[list[str], str]:
+        """(parameters of captures and sizes that the kernel reads, the text that keeps Triton from compiling anew for each size)."""
+        text = "\n".join("\n".join(part) if isinstance(part, list) else part for part in body.values())
+        read = [*used(text, captures), *(name for name in sizes if name in ALWAYS or name in used(text, sizes))]
+        return read, ", ".join(f'"{name}"' for name in read if name in sizes)
+
+    def functions(self) -> str:
+        """The helpers and the loop, after the kernels were printed."""
+        return "\n\n".join([*(HELPERS[name] for name in sorted(self.helpers)), self.attend_text])

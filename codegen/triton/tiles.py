@@ -48,20 +48,29 @@ class Config:
 
 #: (widest padded head dim, 16-bit on cuda, 16-bit on hip, fp32); the first of a list is the default, held to 0 spills by a test
 _TABLE = (
-    (32, "128x128w4s3 128x64w4s3 64x64w4s3", "128x64w4s2 128x128w8s2", "64x32w4s2 32x32w4s2"),
-    (64, "128x64w4s3 128x128w8s3 128x64w8s3 64x64w4s3", "128x64w4s2 128x128w8s2", "64x32w4s2 32x32w4s2"),
-    (128, "128x64w8s3 128x128w8s2 128x64w8s2 64x64w4s3", "128x64w8s1 128x64w4s1 64x32w4s1", "32x32w4s2 32x16w4s2"),
-    (192, "128x64w8s2 64x64w4s2 64x32w4s2", "64x32w4s1 128x32w8s1", "32x16w4s1 16x16w4s1"),
-    (256, "128x64w8s2 64x64w4s2 64x32w4s3", "64x32w4s1 32x32w4s1", "32x16w4s1 16x16w4s1"),
+    (32, "128x128w8s3 128x128w4s3 128x64w4s3 64x64w4s3", "128x64w4s2 128x128w8s2", "64x32w8s2 32x32w4s2"),
+    (64, "128x128w8s3 128x64w4s3 128x64w8s3 64x64w4s3", "128x64w4s2 128x64w8s2 64x64w4s2", "64x32w8s2 64x64w8s2 32x32w4s2"),
+    (128, "128x64w8s3 128x128w8s2 128x64w8s2 64x64w4s3", "128x64w8s1 128x32w8s1 64x64w4s1", "32x32w8s2 32x32w8s1 32x16w4s2"),
+    (192, "128x64w8s2 64x64w4s2 64x32w4s2", "64x32w4s1 128x32w8s1", "32x16w8s1 32x32w8s1 16x16w4s1"),
+    (256, "128x32w8s2 64x64w8s2 64x16w4s2", "64x32w4s1 32x32w4s1 64x32w8s1", "32x16w8s1 16x16w4s1"),
+)
+#: the same for decoding, blocks of keys alone: the rows are those of a group of heads, padded to 16, 32 or 64
+_DECODE = (
+    (64, "16x64w4s3 16x128w4s3 16x64w2s4", "16x64w4s2 16x128w4s2", "16x32w4s2 16x64w4s2"),
+    (128, "16x64w4s3 16x32w4s3 16x128w8s2", "16x64w4s1 16x32w4s2", "16x32w4s2 16x16w4s2"),
+    (192, "16x32w4s3 16x64w4s2", "16x32w4s1", "16x16w4s2"),
+    (256, "16x32w4s3 16x64w4s2", "16x32w4s1", "16x16w4s1"),
 )
 #: the interpreter: small tiles that differ, so that a short test crosses many tile borders
-INTERPRETER = Config(64, 32, 4, 1)
+INTERPRETER, INTERPRETER_DECODE = Config(64, 32, 4, 1), Config(16, 16, 4, 1)
 
 
-def configs(dtype: torch.dtype, head_dim: int, value_dim: int, backend: str) -> tuple[Config, ...]:
-    """The configurations for backend "cuda" or "hip", the default first (research: FlashAttention-3's tile_size.h, Triton's tutorial 06)."""
+def configs(dtype: torch.dtype, head_dim: int, value_dim: int, backend: str, decode: bool = False) -> tuple[Config, ...]:
+    """The configurations for backend "cuda", "hip" or "cpu", the default first (research: FlashAttention-3's tile_size.h, Triton's tutorial 06)."""
+    if backend == "cpu":
+        return (INTERPRETER_DECODE if decode else INTERPRETER,)
     width = max(sum(chunk.width for chunk in chunks(dim)) for dim in (head_dim, value_dim))
-    _, cuda, hip, single = next(row for row in _TABLE if width <= row[0])
+    _, cuda, hip, single = next(row for row in (_DECODE if decode else _TABLE) if width <= row[0])
     text = single if dtype == torch.float32 else cuda if backend == "cuda" else hip
     return tuple(_parse(item) for item in text.split())
 
