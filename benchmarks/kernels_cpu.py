@@ -28,9 +28,10 @@ class Workload:
     score: str = "s*0.125"
     mask: str = "True"
     shape: tuple = (1, 12, 12, 2048, 2048, 64)  # B, H, Hk, Tq, Tk, D
-    captures: Callable = lambda B, H, Tq, Tk: []  # noqa: E731
+    captures: Callable = lambda B, H, Tq, Tk: []
     torch_does: str = "mask"  # "plain" | "causal" | "mask" | "none"
     dtype: torch.dtype = torch.float32
+    empty: str = "nan"
 
 
 WINDOW = "(j <= i) & (i - j < 256)"
@@ -54,7 +55,7 @@ WORKLOADS = [
     Workload("T5 bias", score="s + c0[c1[j - i + Tq], h]", captures=lambda B, H, Tq, Tk: [torch.randn(32, H), torch.randint(0, 32, (Tq + Tk,))]),
     Workload("dense bias", score="s*0.125 + c0[0, h, i, j]", captures=lambda B, H, Tq, Tk: [torch.randn(1, H, Tq, Tk)]),
     Workload("padding", mask="c0[b, j] != 0", shape=(2, 12, 12, 1024, 1024, 64), captures=keep),
-    Workload("causal padding", mask="(j <= i) & (c0[b, j] != 0)", shape=(2, 12, 12, 1024, 1024, 64), captures=keep),
+    Workload("causal padding", mask="(j <= i) & (c0[b, j] != 0)", shape=(2, 12, 12, 1024, 1024, 64), captures=keep, empty="zero"),
     Workload("decode", shape=(1, 12, 12, 1, 4096, 64), torch_does="plain"),
     Workload("decode, GQA 32/8, 16384", shape=(1, 32, 8, 1, 16384, 128), torch_does="plain"),
     Workload("decode, GQA 32/8, bfloat16", shape=(1, 32, 8, 1, 16384, 128), torch_does="plain", dtype=torch.bfloat16),
@@ -82,7 +83,7 @@ def median(times):
 def run(workload: Workload, rounds: int) -> str:
     B, H, Hk, Tq, Tk, D = workload.shape
     captures = workload.captures(B, H, Tq, Tk)
-    variant = Variant(workload.score, workload.mask, integer_captures=integer_captures(captures))
+    variant = Variant(workload.score, workload.mask, empty=workload.empty, integer_captures=integer_captures(captures))
     kernel = emit(variant, q_dtype=workload.dtype, capture_dtypes=[c.dtype for c in captures], capture_ranks=[c.dim() for c in captures], head_dim=D, value_dim=D)
     launch = CppLauncher(compile_cpp([CppUnit(kernel.name, kernel.source, kernel.link_torch)])[0], kernel.entry)
     q, k, v = (torch.randn(B, length, heads, D).to(workload.dtype).transpose(1, 2) for length, heads in ((Tq, H), (Tk, Hk), (Tk, Hk)))
