@@ -12,7 +12,7 @@ from .capture import capture
 from .lower import lower
 from .options import Options
 from .pipeline import run
-from .report import Report
+from .report import AotGraph, Report
 
 
 def tileweld(gm: GraphModule, example_inputs, *, options=None, mode=None, report: Report | None = None, build: bool = True):
@@ -21,13 +21,20 @@ def tileweld(gm: GraphModule, example_inputs, *, options=None, mode=None, report
     report: filled with what happened; build False: stop before kernels, the fused ops run on their definition.
     """
     checked = Options.parse(options, tuple(p.NAME for p in passes.PIPELINE))
+    keep = report is not None  # somebody will look: hold the graphs behind AOT too
     report = report if report is not None else Report()
     before = report.mark()
     try:
         rewritten = rewrite(gm, example_inputs, checked, report)
         number = len(report.graphs) - 1
         log.get("passes").info("graph %d: %s", number, dict(report.counts) or "nothing fused")
-        return compile_graph(rewritten, example_inputs, lambda graph, is_backward: lower(graph, checked, report, number) if build else graph.forward)
+
+        def finish(graph: GraphModule, is_backward: bool):
+            if keep:
+                report.aot.append(AotGraph(_copy(graph), is_backward, number))
+            return lower(graph, checked, report, number) if build else graph.forward
+
+        return compile_graph(rewritten, example_inputs, finish)
     except BaseException:  # also Dynamo's own restarts (it specialises floats and calls again): what was noted did not come to be
         report.rollback(before)
         raise
@@ -43,4 +50,4 @@ def rewrite(gm: GraphModule, example_inputs, options: Options, report: Report) -
 
 
 def _copy(gm: GraphModule) -> GraphModule:
-    return GraphModule(gm, copy.copy(gm.graph))
+    return GraphModule(gm, copy.deepcopy(gm.graph))

@@ -1,25 +1,71 @@
-"""``tileweld.explain``: what would be fused, what refused and why, without building a kernel."""
+"""``tileweld.explain``: what would be fused, what refused and why, and what each fused op would run on, without building a kernel."""
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
 from .. import passes
 from .backend import tileweld
+from .lower import choose
 from .options import Options
-from .report import Report
+from .report import KernelUse, Report
 
 
 def explain(fn_or_module, *args, dynamic: bool | None = None, options: dict | None = None, **kwargs) -> Report:
     """Trace fn_or_module(*args, **kwargs) with torch.compile, run the passes, and report; the call itself runs on the fused ops' definitions.
 
     dynamic, options: as in torch.compile(..., backend="tileweld"). Returns a `Report`; ``print(report)`` shows the tables.
-    The model and what is already compiled stay as they were.
+    The model and what is already compiled stay as they were. What the call raises, explain raises.
     """
-    Options.parse(options, tuple(p.NAME for p in passes.PIPELINE))  # a bad option is an OptionError here, not inside Dynamo's
+    return trace(fn_or_module, args, kwargs, dynamic=dynamic, options=options)
+
+
+def trace(fn: Callable, args=(), kwargs=None, *, dynamic: bool | None = None, options: dict | None = None, train: bool = False) -> Report:
+    """`explain` with the arguments in containers. train: also run the backward of the sum of all float results, so that its graphs are there."""
+    checked = Options.parse(options, tuple(p.NAME for p in passes.PIPELINE))  # a bad option is an OptionError here, not inside Dynamo's
     report = Report()
 
     def backend(gm, example_inputs):
-        return tileweld(gm, example_inputs, options=options, report=report, build=False)
+        compiled = tileweld(gm, example_inputs, options=options, report=report, build=False)
+        label_inputs(gm, report.captured[-1], report.graphs[-1])
+        return compiled
 
-    torch.compile(fn_or_module, backend=backend, dynamic=dynamic)(*args, **kwargs)
+    with torch.set_grad_enabled(train or torch.is_grad_enabled()):
+        result = torch.compile(fn, backend=backend, dynamic=dynamic)(*args, **(kwargs or {}))
+        if train:
+            losses = [x.float().sum() for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor) and x.requires_grad]
+            if losses:
+                torch.autograd.grad(sum(losses), [p for p in _leaves(fn, args, kwargs) if p.requires_grad], allow_unused=True)
+    for aot in report.aot:
+        for _, choice in choose(aot.gm, checked):
+            name = f"{choice.kernel.language}:{choice.kernel.name}" if choice.kernel is not None else choice.name
+            report.kernels.append(KernelUse(choice.op, name, choice.reason, aot.graph))
+            if choice.kernel is not None and choice.kernel not in report.sources:
+                report.sources.append(choice.kernel)
     return report
+
+
+def _leaves(fn, args, kwargs) -> list[torch.Tensor]:
+    tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    return [*tensors, *(fn.parameters() if isinstance(fn, torch.nn.Module) else ())]
+
+
+def label_inputs(traced: torch.fx.GraphModule, *graphs: torch.fx.GraphModule) -> None:
+    """Give the inputs of captured graphs the names that the user's module has for them, in meta["label"]."""
+    labels = [_label(node) for node in traced.graph.find_nodes(op="placeholder")]
+    for gm in graphs:
+        for node, label in zip(gm.graph.find_nodes(op="placeholder"), labels):
+            node.meta["label"] = label
+
+
+def _label(node: torch.fx.Node) -> str:
+    """model.layers.0.q_proj.weight for Dynamo's L['self']._modules['model']..."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", None)
+    name = name() if callable(name) else name  # a method up to torch 2.11
+    if not isinstance(name, str):
+        return node.name
+    for noise in ("L['self']", "_modules", "_parameters", "_buffers", "L"):
+        name = name.removeprefix(noise) if noise.startswith("L") else name.replace("." + noise, "")
+    return name.replace("']['", ".").replace("['", ".").replace("']", "").strip(".") or node.name

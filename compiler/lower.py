@@ -23,11 +23,7 @@ from .select import SELECTORS, Choice
 
 def lower(gm: GraphModule, options: Options, report: Report, number: int) -> Callable:
     """Replace fused ops by their implementations, build all kernels of the graph at once, and return the graph's forward."""
-    choices: list[tuple[Node, Choice]] = []
-    for node in gm.graph.nodes:
-        selector = SELECTORS.get(node.target) if node.op == "call_function" else None
-        if selector is not None:
-            choices.append((node, selector(node, target_of(node, options), options)))
+    choices = choose(gm, options)
     launches = _build({c.kernel.source: c.kernel for _, c in choices if c.kernel is not None}, options, report)
     for node, choice in choices:
         function, name, reason = choice.function, choice.name, choice.reason
@@ -45,6 +41,16 @@ def lower(gm: GraphModule, options: Options, report: Report, number: int) -> Cal
         report.kernels.append(KernelUse(choice.op, name, reason, number))
     gm.recompile()
     return gm.forward
+
+
+def choose(gm: GraphModule, options: Options) -> list[tuple[Node, Choice]]:
+    """The implementation of every fused op of the graph; builds nothing and changes nothing."""
+    choices = []
+    for node in gm.graph.nodes:
+        selector = SELECTORS.get(node.target) if node.op == "call_function" else None
+        if selector is not None:
+            choices.append((node, selector(node, target_of(node, options), options)))
+    return choices
 
 
 def target_of(node: Node, options: Options) -> str:

@@ -40,11 +40,36 @@ class KernelUse:
     graph: int
 
 
+@dataclasses.dataclass(frozen=True)
+class AotGraph:
+    """A graph as AOTAutograd made it, before its fused ops become kernels: functional, decomposed by autograd's rules, forward or backward."""
+
+    gm: GraphModule
+    is_backward: bool
+    graph: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmaxes:
+    """How many softmaxes a captured graph has (spelled-out ones and library attention included), and what became of them.
+
+    other: no attention core, such as a router's or a class head's softmax.
+    """
+
+    seen: int
+    fused: int
+    refused: int
+
+    @property
+    def other(self) -> int:
+        return max(0, self.seen - self.fused - self.refused)
+
+
 class Report:
     """Filled by the backend as it compiles.
 
     counts: Counter of rewrites made; fusions, refusals, kernels, warnings: lists; graphs: the rewritten GraphModules;
-    captured: the graphs before the passes.
+    captured: the graphs before the passes; aot: the graphs behind AOTAutograd, forward and backward.
     """
 
     def __init__(self):
@@ -54,6 +79,7 @@ class Report:
         self.warnings: list[str] = []
         self.graphs: list[GraphModule] = []
         self.captured: list[GraphModule] = []
+        self.aot: list[AotGraph] = []
         self.sources: list = []  # ir.kernel.Kernel, in order of first use
 
     def mark(self) -> dict[str, int]:
@@ -70,51 +96,102 @@ class Report:
         """Rewrites made, by name."""
         return Counter(f.rewrite for f in self.fusions)
 
+    @property
+    def softmaxes(self) -> list[Softmaxes]:
+        """For every graph, the softmaxes seen in it and those that became part of a fused attention."""
+        return [_softmaxes(self, number, gm) for number, gm in enumerate(self.captured)]
+
     def warn(self, message: str) -> None:
         """A degradation, listed once."""
         if message not in self.warnings:
             self.warnings.append(message)
 
     def to_json(self) -> str:
-        """Counts, fusions, refusals, kernels and warnings as JSON text."""
-        rows = {name: [dataclasses.asdict(x) for x in getattr(self, name)] for name in ("fusions", "refusals", "kernels")}
+        """Counts, fusions, refusals, kernels, softmaxes per graph and warnings as JSON text."""
+        rows = {name: [dataclasses.asdict(x) for x in getattr(self, name)] for name in ("fusions", "refusals", "kernels", "softmaxes")}
         return json.dumps({"counts": dict(self.counts), "graphs": len(self.graphs), **rows, "warnings": self.warnings}, indent=2)
 
     def __str__(self) -> str:
         from rich.console import Console
 
         out = io.StringIO()
-        console = Console(file=out, width=160, no_color=True)
+        console = Console(file=out, width=140, no_color=True)
         for table in self.tables():
             console.print(table)
-        return out.getvalue().rstrip()
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
 
     def __repr__(self) -> str:
         fused = ", ".join(f"{n} {name}" for name, n in self.counts.items()) or "nothing fused"
         return f"<Report: {len(self.graphs)} graph(s), {fused}, {len(self.refusals)} refused>"
 
     def tables(self) -> list:
-        """The rich renderables: fusions (equal ones in one row), refusals, kernels, warnings."""
-        from rich.table import Table
+        """The rich renderables: a headline, fusions (equal ones in one row), refusals in words, kernels, softmaxes of every graph, warnings."""
         from rich.text import Text
 
-        title = f"tileweld: {len(self.graphs)} graph(s), {sum(self.counts.values())} fused, {len(self.refusals)} refused"
-        fused = Table("rewrite", "times", "what", "where", title=title, title_justify="left")
-        for (rewrite, detail), rows in _grouped(self.fusions, lambda f: (f.rewrite, f.detail)):
-            fused.add_row(rewrite, str(len(rows)), Text(detail), Text(_sources(rows)))
-        result = [fused]
-        if self.refusals:
-            refused = Table("rewrite", "times", "refused because", "where", "what to do", title="refused", title_justify="left")
-            for (rewrite, reason, cure), rows in _grouped(self.refusals, lambda r: (r.rewrite, r.reason, r.cure)):
-                refused.add_row(rewrite, str(len(rows)), Text(reason), Text(_sources(rows)), Text(cure))
-            result.append(refused)
+        nodes = sum(len(gm.graph.nodes) for gm in self.captured), sum(len(gm.graph.nodes) for gm in self.graphs)
+        size = f", {nodes[0]} nodes -> {nodes[1]}" if self.graphs else ""
+        result = [Text(f"{_count(len(self.graphs), 'graph')}{size}: {sum(self.counts.values())} fused, {len(self.refusals)} refused", style="bold")]
+        if self.fusions:
+            table = _table("fused", "times", "what", "where")
+            for (rewrite, detail), rows in _grouped(self.fusions, lambda f: (f.rewrite, f.detail)):
+                table.add_row(Text(rewrite, style="green"), str(len(rows)), Text(detail), Text(_sources(rows), style="dim"))
+            result.append(table)
+        for (rewrite, reason, cure), rows in _grouped(self.refusals, lambda r: (r.rewrite, r.reason, r.cure)):
+            result.append(_refusal(rewrite, reason, cure, rows))
         if self.kernels:
-            kernels = Table("op", "times", "runs on", "because", title="kernels", title_justify="left")
+            table = _table("op", "times", "runs on", "because")
             for (op, implementation, reason), rows in _grouped(self.kernels, lambda k: (k.op, k.implementation, k.reason)):
-                kernels.add_row(op, str(len(rows)), Text(implementation), Text(reason))
-            result.append(kernels)
-        result += [Text(f"warning: {message}") for message in self.warnings]
+                table.add_row(op, str(len(rows)), Text(implementation), Text(reason))
+            result.append(table)
+        counted = [s for s in self.softmaxes if s.seen]
+        if counted:
+            line = f"softmaxes: {sum(s.seen for s in counted)} seen, {sum(s.fused for s in counted)} fused into attention, {sum(s.refused for s in counted)} refused"
+            other = sum(s.other for s in counted)
+            result.append(Text(line + (f", {other} no attention core (a router, a head over classes)" if other else "")))
+        result += [Text(f"warning: {message}", style="yellow") for message in self.warnings]
         return result
+
+
+def _softmaxes(report: Report, number: int, gm: GraphModule) -> Softmaxes:
+    import torch
+
+    from ..passes import attention
+    from .ir.graph import is_call
+
+    library = torch.ops.aten.scaled_dot_product_attention
+    seen = sum(is_call(node, library) or attention.softmax_at(node) is not None for node in gm.graph.nodes)
+    fused, refused = (sum(r.graph == number and r.rewrite == attention.NAME for r in rows) for rows in (report.fusions, report.refusals))
+    return Softmaxes(seen, fused, refused)
+
+
+def _refusal(rewrite, reason, cure, rows):
+    """One reason as a block of words: what was not fused, why, where, what to do."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(min_width=10)
+    grid.add_column()
+    times = f", {len(rows)} times" if len(rows) > 1 else ""
+    grid.add_row(Text("not fused", style="bold yellow"), Text(f"{rewrite}{times}", style="bold"))
+    grid.add_row("  because", Text(reason))
+    grid.add_row("  where", Text(_sources(rows) or "the source line is not known", style="dim"))
+    grid.add_row("  to do", Text(cure or "docs/refusals.md explains this reason"))
+    return grid
+
+
+def _table(*names: str):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="right" if name == "times" else "left", overflow="fold")
+    return table
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" + ("" if n == 1 else "s")
 
 
 def _grouped(rows, key):
