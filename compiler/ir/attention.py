@@ -235,7 +235,7 @@ def _backward(ctx, grad):
     q, k, v, *captures = ctx.saved_tensors
     dq, dk, dv, *dcaptures = torch.ops.tileweld.attention_backward(grad, q, k, v, captures, ctx.sizes, *ctx.rest)
     remaining = iter(dcaptures)
-    return dq, dk, dv, [next(remaining) if c.dtype.is_floating_point else None for c in captures], *([None] * (1 + len(ctx.rest)))
+    return dq, dk, dv, [next(remaining) if c.dtype.is_floating_point else None for c in captures], None if ctx.sizes else [], *([None] * len(ctx.rest))  # torch takes an empty list for a list of tensors
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
