@@ -59,13 +59,13 @@ def _match(softmax: Softmax) -> Match:
     forward = follow(softmax)
     if forward is None:
         raise NotThePattern
-    failure = None
+    failures: list[Exception] = []
     for i_dim in query_dims(softmax):
         try:
             return finish(_core(softmax, forward, i_dim), softmax.node)
-        except Refused as refused:
-            failure = failure or refused
-    raise failure
+        except (Refused, NotThePattern) as failure:
+            failures.append(failure)
+    raise next((f for f in failures if isinstance(f, Refused)), failures[0])
 
 
 def _core(softmax: Softmax, forward: Forward, i_dim) -> Core:
@@ -82,7 +82,7 @@ def _core(softmax: Softmax, forward: Forward, i_dim) -> Core:
     sink = lift.at(sink_node.node, sink_node.index(roles)) if sink_node else None
     parts = split(e, {sc.S})
     return Core(root=forward.contraction, roles=roles, lift=lift, score=parts.score, mask=parts.mask, fill=parts.fill, sink=sink, empty=softmax.empty,
-                q=q, k=k, v=v, out_index=out_index, value_symbol=DV)
+                q=q, k=k, v=v, out_index=out_index, value_symbol=DV, inexact=softmax.inexact)
 
 
 def _nothing_escapes(inside: set[Node], contraction: Node) -> None:
