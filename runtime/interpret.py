@@ -29,7 +29,7 @@ def load_interpreted(name: str, source: str) -> ModuleType:
 def interpreting():
     """Triton interprets what is decorated or called inside."""
     import triton
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime import interpreter
     from triton.runtime.jit import JITFunction
 
     runtime = triton.knobs.runtime
@@ -38,8 +38,17 @@ def interpreting():
         for module in (triton.language, triton.language.standard):
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction):
-                    setattr(module, name, _interpreted(InterpretedFunction, value.fn))
+                    setattr(module, name, _interpreted(interpreter.InterpretedFunction, value.fn))
                     stack.callback(setattr, module, name, value)
+        patch_tensor = interpreter._patch_lang_tensor
+
+        def patch_tensor_and_index(tensor, scope):
+            patch_tensor(tensor, scope)
+            # triton 3.6 takes int() of an array of one element, which numpy 2.4 refuses
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+        interpreter._patch_lang_tensor = patch_tensor_and_index
+        stack.callback(setattr, interpreter, "_patch_lang_tensor", patch_tensor)
         yield
 
 

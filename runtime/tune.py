@@ -47,14 +47,13 @@ def _fastest(candidates, launch):
     for config in candidates:
         try:
             compiled = launch(config)
-            if getattr(compiled, "n_spills", 0) and timed:
-                continue
-            timed.append((_milliseconds(lambda config=config: launch(config)), config))
+            spilled = getattr(compiled, "n_spills", 0) > 0
+            timed.append((spilled, _milliseconds(lambda config=config: launch(config)), config))
         except Exception as error:  # too much shared memory or too many registers for this GPU
             if type(error).__name__ not in ("OutOfResources", "PTXASError"):
                 raise
             log.get("runtime").debug("%s: %s", config, error)
-    return min(timed)[1] if timed else candidates[0]
+    return min(timed)[-1] if timed else candidates[0]
 
 
 def _milliseconds(run) -> float:

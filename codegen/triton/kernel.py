@@ -19,11 +19,10 @@ import sympy
 from ...compiler.ir import scalar as sc
 from ...compiler.ir.attention import Variant
 from .bounds import Ranges, ends, ranges
-from .printer import HELPERS, LOG2E, TritonText, float_text, fold_log2e
+from .printer import FP32_MAX, HELPERS, LOG2E, TritonText, float_text, fold_log2e
 from .source import fill, used
 from .tiles import Chunk, chunks
 
-FP32_MAX = 3.4028234e38
 ALWAYS = ("H", "GROUP_K", "GROUP_V", "Tq", "Tk")  # sizes that every kernel reads
 NEGLIGIBLE = 104.0  # exp(-104) is below half of the smallest positive float32
 
@@ -135,7 +134,7 @@ class AttentionText:
         return lines
 
     def softmax(self) -> list[str]:
-        masked, plain = self.in_tile(self.score, True), self.in_tile(self.score, False)
+        masked, plain = (self.in_tile(self.score, masked) + ("" if self.score.has(sc.S) else " + tl.zeros_like(s)") for masked in (True, False))
         raw = self.raw_scale is not None
         visible = f"({self.in_tile(self.variant.mask_expr, True)}) & (j < Tk)" if self.masked else "j < Tk"
         lines = []

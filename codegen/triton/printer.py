@@ -13,6 +13,7 @@ from ...compiler.ir import scalar as sc
 from ...compiler.ir.printer import ATOM, MUL, UNARY as UNARY_PRECEDENCE, Printer
 
 LOG2E = 1 / math.log(2)
+FP32_MAX = 3.4028234e38
 
 #: name -> text of the function on fp32 {x}; one row for every row of scalar.UNARY. Nothing here is from libdevice: every row
 #: runs on cuda, on hip and in the interpreter.
@@ -162,8 +163,8 @@ def fold_log2e(e):
     which 1.44 times is -inf, so scores with such loads are kept in natural units.
     """
     if sc.is_const(e):
-        value = float(sc.value_of(e)) * LOG2E
-        return None if math.isinf(value) and not math.isinf(float(sc.value_of(e))) or abs(value) > 3e38 and math.isfinite(value) else sc.number(value)
+        value = float(sc.value_of(e))
+        return sc.number(value * LOG2E) if not math.isfinite(value) or abs(value) < FP32_MAX / LOG2E else None
     if isinstance(e, (sc.fadd, sc.fsub)):
         parts = [fold_log2e(x) for x in e.args]
         return None if None in parts else e.func(*parts)
@@ -182,7 +183,7 @@ def _bounded(e) -> bool:
     float_loads = [x for x in sc.loads(e) if not sc.is_int(x)]
     if not float_loads:
         return True
-    # ALiBi: slope * (j - i). A slope that overflows times 1.44 overflows by itself at one and a half times the distance.
-    return isinstance(e, sc.fmul) and all(not x.has(sc.I, sc.J) for x in float_loads) and any(sc.is_int(x) and x.has(sc.I, sc.J) for x in e.args)
-
-
+    # ALiBi: slope * (j - i). A slope that overflows times 1.44 overflows by itself at one and a half times the distance. And a
+    # captured scale: c0 * s. Other loads may hold finfo.min.
+    per_head = all(not x.has(sc.I, sc.J) for x in float_loads)
+    return isinstance(e, sc.fmul) and per_head and any(x == sc.S or (sc.is_int(x) and x.has(sc.I, sc.J)) for x in e.args)
