@@ -1,0 +1,387 @@
+"""canonicalise: the normal form of a captured graph, so that no rewrite respells what means the same
+
+First in-place ops become values (functionalise.py), then every node goes through the rows of this file (`@row(targets)`: a
+builder that returns the new spelling, or None to leave the node), equal pure nodes become one, and dead ones go.
+
+    x.pow(2), x.square()                    ->  x * x
+    1 - x, x - 1                            ->  -x + 1, x + -1
+    x / 8                                   ->  x * 0.125              (powers of two: exact; x / 3 stays)
+    x.float(), x.type_as(y), _to_copy       ->  aten.to.dtype(x, dtype)
+    view, flatten, unflatten, view_as       ->  aten.reshape(x, sizes) (after functionalisation a view need not alias)
+    t, mT, transpose, movedim               ->  aten.permute(x, dims)  with dims >= 0, successive ones composed
+    dropout off, to and contiguous that do nothing, full slices, detach without grad  ->  x
+
+Never changes a result: a row is exact in floating point, and a replacement that would have another dtype, shape, or for a graph
+output another layout or aliasing, is dropped. Gradients stay: detach is dropped only where nothing requires grad.
+"""
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from ..compiler.ir.graph import argument, is_call, is_tensor, size, value
+from .functionalise import HIDDEN_WRITES, emit, faking, functionalise, requires_grad, storages, written
+
+NAME = "canonicalise"
+aten = torch.ops.aten
+ROWS: dict[object, Callable] = {}
+_NAMESPACES = ("aten", "prims", "tileweld")  # ops that do what their schema says
+_DATA_DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)  # each call brings its own unbacked symbol
+_END = 2**63 - 1  # a slice that was written without an end
+
+
+def canonicalise(gm: GraphModule) -> GraphModule:
+    """Bring gm.graph to its normal form, in place; returns gm. New nodes have meta["val"] and the stack trace of what they replace."""
+    frozen = functionalise(gm)
+    with faking(gm.graph):
+        _Rewriter(gm.graph, frozen).run()
+    _merge_equal(gm.graph, frozen)
+    _drop_dead(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+transform = canonicalise  # what the pass driver calls: a normalisation, which makes no fused op and reports nothing
+
+
+def row(*targets):
+    """``build(at, node, *args, **kwargs)`` is the new spelling of a call of one of these; None leaves it. `at` emits a call."""
+    def register(build):
+        ROWS.update(dict.fromkeys(targets, build))
+        return build
+
+    return register
+
+
+class _Rewriter:
+    def __init__(self, graph: Graph, frozen: set[int]):
+        self.graph, self.frozen = graph, frozen
+        self.grads = requires_grad(graph)
+        self.outputs = _reaching_output(graph)
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            build = ROWS.get(node.target) if node.op == "call_function" else None
+            if build is None or any(storages(n) & self.frozen for n in (node, *node.all_input_nodes)):
+                continue
+            made: list[Node] = []
+
+            def at(target, *args, node=node, made=made, **kwargs):
+                rewritten = ROWS.get(target)
+                new = emit(self.graph, node, target, *args, **kwargs)
+                made.append(new)
+                if rewritten is not None:  # a row may use what another row respells
+                    return rewritten(at, new, *args, **kwargs) or new
+                return new
+
+            at.requires_grad = self.grads.__contains__
+            with self.graph.inserting_before(node):
+                new = build(at, node, *node.args, **node.kwargs)
+            if new is not None and new is not node and self._may_replace(node, new, made):
+                node.replace_all_uses_with(new)
+                if node in self.grads:
+                    self.grads.update(made)
+                if node in self.outputs:
+                    self.outputs.update([new, *made])
+                self.graph.erase_node(node)
+            for extra in reversed(made):
+                if not extra.users:
+                    self.graph.erase_node(extra)
+
+    def _may_replace(self, node: Node, new: Node, made: list[Node]) -> bool:
+        old_value, new_value = value(node), value(new)
+        if not is_tensor(node):
+            return True
+        if old_value.dtype != new_value.dtype or old_value.device != new_value.device or sizes(node) != sizes(new):
+            return False
+        if node not in self.outputs:
+            return True
+        # Where the value leaves the graph: the layout must be eager's, and so must what it shares its storage with.
+        same_layout = [size(s) for s in old_value.stride()] == [size(s) for s in new_value.stride()]
+        sources = {s for a in node.all_input_nodes for s in storages(a)}
+        return same_layout and (storages(node) & sources) == (storages(new) & sources)
+
+
+def sizes(node: Node) -> list:
+    return [size(s) for s in value(node).shape]
+
+
+def _reaching_output(graph: Graph) -> set[Node]:
+    """Nodes whose value, or a view of it, is returned, or read by something that looks at layouts."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        opaque = node.op in ("output", "call_module") or node.op == "call_function" and not is_transparent(node)
+        for a in node.all_input_nodes:
+            if opaque or (node in found and storages(a) & storages(node)):
+                found.add(a)
+    return found
+
+
+def is_transparent(node: Node) -> bool:
+    """Does a call depend on its arguments' values alone, and not on their strides or on when it runs?"""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return getattr(node.target, "__module__", "") in ("_operator", "math", "torch") and node.target is not torch._C._set_grad_enabled
+    reads_layout = node.target in (aten.as_strided.default, aten.view.default, aten.view.dtype)
+    return node.target.namespace in _NAMESPACES and not reads_layout and not node.target._schema.is_mutable
+
+
+# ---------------------------------------------------------------- merging and dropping
+
+
+def is_pure(node: Node) -> bool:
+    """Two calls with the same arguments give the same, and a call that nobody reads may go."""
+    if node.op == "get_attr":
+        return True
+    if node.op != "call_function" or written(node) or node.target in HIDDEN_WRITES:
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        random = torch.Tag.nondeterministic_seeded in node.target.tags and not is_inactive_dropout(node)
+        return node.target.namespace in _NAMESPACES and not random and len(node.target._schema.returns) > 0
+    return getattr(node.target, "__module__", "") in ("_operator", "math") or getattr(node.target, "__name__", "").startswith("sym_")
+
+
+def _merge_equal(graph: Graph, frozen: set[int]) -> None:
+    """Equal pure calls become the first of them: the same mask is computed in every layer. Not across a change of grad mode or
+    autocast, and not where both leave the graph, since eager returns two tensors."""
+    first: dict[object, Node] = {}
+    outputs = _reaching_output(graph)
+    mode = 0
+    for node in list(graph.nodes):
+        if node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload) and not is_pure(node):
+            mode += 1
+        if node.op not in ("call_function", "get_attr") or not is_pure(node) or any(storages(n) & frozen for n in (node, *node.all_input_nodes)):
+            continue
+        if any(tag in getattr(node.target, "tags", ()) for tag in _DATA_DEPENDENT):
+            continue
+        key = (mode, node.op, node.target, _key(node.args), _key(node.kwargs))
+        kept = first.setdefault(key, node)
+        if kept is node or (node in outputs and kept in outputs and node.op != "get_attr"):
+            continue
+        node.replace_all_uses_with(kept)
+        if node in outputs:
+            outputs.add(kept)
+        graph.erase_node(node)
+
+
+def _key(x):
+    """Hashable, and telling 1 from 1.0 from True and 0.0 from -0.0."""
+    if isinstance(x, (list, tuple)):
+        return tuple(_key(a) for a in x)
+    if isinstance(x, dict):
+        return tuple(sorted((k, _key(v)) for k, v in x.items()))
+    return x if isinstance(x, Node) else (type(x).__name__, repr(x))
+
+
+def _drop_dead(graph: Graph) -> None:
+    for node in reversed(graph.nodes):
+        if not node.users and is_pure(node):
+            graph.erase_node(node)
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def is_number(x) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def is_float(x) -> bool:
+    return is_tensor(x) and value(x).dtype.is_floating_point
+
+
+@row(aten.square.default)
+def _(at, node, x):
+    return at(aten.mul.Tensor, x, x)
+
+
+@row(aten.pow.Tensor_Scalar)
+def _(at, node, x, exponent):
+    """The cases that ATen computes without pow (Pow.cpp, pow_tensor_scalar_optimized)."""
+    if not is_number(exponent) or not is_float(x):
+        return None
+    if exponent == 2:
+        return at(aten.mul.Tensor, x, x)
+    plain = {0.5: aten.sqrt.default, -0.5: aten.rsqrt.default, -1: aten.reciprocal.default}.get(exponent)
+    return at(plain, x) if plain is not None else None
+
+
+_PER_TENSOR = {aten.add.Scalar: aten.add.Tensor, aten.sub.Scalar: aten.sub.Tensor, aten.mul.Scalar: aten.mul.Tensor, aten.div.Scalar: aten.div.Tensor}
+
+
+@row(*_PER_TENSOR)
+def _(at, node, *args, **kwargs):
+    return at(_PER_TENSOR[node.target], *args, **kwargs)
+
+
+@row(aten.mul.Tensor)
+def _(at, node, x, y):
+    if not is_tensor(x) and is_tensor(y):
+        return at(aten.mul.Tensor, y, x)  # 2 * x  ->  x * 2
+    if is_number(y) and is_float(x):
+        return x if y == 1 else at(aten.neg.default, x) if y == -1 else None
+    return None
+
+
+@row(aten.add.Tensor)
+def _(at, node, x, y, alpha=1):
+    return at(aten.add.Tensor, y, x) if alpha == 1 and not is_tensor(x) and is_tensor(y) else None
+
+
+@row(aten.sub.Tensor)
+def _(at, node, x, y, alpha=1):
+    return at(aten.add.Tensor, x, -y) if is_float(x) and is_number(y) and is_number(alpha) and alpha == 1 else None
+
+
+@row(aten.rsub.Scalar, aten.rsub.Tensor)
+def _(at, node, x, y, alpha=1):
+    """rsub(x, y) is y - x."""
+    if isinstance(alpha, Node) or alpha != 1:
+        return None
+    if is_tensor(y):
+        return at(aten.sub.Tensor, y, x)
+    return at(aten.add.Tensor, at(aten.neg.default, x), y) if is_float(x) else None
+
+
+@row(aten.div.Tensor)
+def _(at, node, x, y):
+    """x / c is x * (1/c) exactly when c is a power of two whose inverse is a normal number in every dtype."""
+    if not is_number(y) or not is_float(x) or y == 0 or not math.isfinite(y):
+        return None
+    mantissa, exponent = math.frexp(y)
+    return at(aten.mul.Tensor, x, 1.0 / y) if abs(mantissa) == 0.5 and abs(exponent) <= 12 else None
+
+
+# ---------------------------------------------------------------- casts
+
+
+@row(aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
+def _(at, node, x, *args, **kwargs):
+    """One cast, aten.to.dtype(x, dtype), where device and layout stay; nothing at all where the dtype stays too."""
+    old, new = value(x), value(node)
+    if not is_tensor(x) or old.device != new.device or old.layout != new.layout:
+        return None
+    if old.dtype == new.dtype:
+        return x if storages(x) == storages(node) else None  # eager returned x itself; else it made a copy
+    memory_format = kwargs.get("memory_format")
+    if memory_format not in (None, torch.preserve_format) or isinstance(args[-1] if args else None, torch.memory_format):
+        return None
+    if node.target is aten.to.dtype and len(args) == 1 and not kwargs:
+        return None
+    return at(aten.to.dtype, x, new.dtype)
+
+
+# ---------------------------------------------------------------- views
+
+
+@row(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.view_as.default, aten.reshape_as.default, aten.flatten.using_ints, aten.unflatten.int)
+def _(at, node, x, *args):
+    """reshape(x, sizes); a reshape of a reshape is one; a reshape to the same sizes is none."""
+    if [size(s) for s in value(x).shape] == sizes(node):
+        return x
+    source = x.args[0] if is_call(x, aten.reshape.default) else x
+    if node.target is aten.reshape.default and source is x:
+        return None
+    given = node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+    return at(aten.reshape.default, source, args[0] if given else _sizes_of(at, node, x))
+
+
+def _sizes_of(at, node, x) -> list:
+    """The sizes of a node that is a reshape of x; symbolic ones as products of x's."""
+    if node.target in (aten.view_as.default, aten.reshape_as.default):
+        return [s if isinstance(s, int) else at(aten.sym_size.int, node.args[1], d) for d, s in enumerate(value(node).shape)]
+    own = [s if isinstance(s, int) else at(aten.sym_size.int, x, d) for d, s in enumerate(value(x).shape)]
+    if node.target is aten.unflatten.int:
+        d = node.args[1] % len(own)
+        return [*own[:d], *node.args[2], *own[d + 1:]]
+    first, last = (argument(node, n, name, default) % max(len(own), 1) for n, name, default in ((1, "start_dim", 0), (2, "end_dim", -1)))
+    if not own:
+        return [1]
+    merged = own[first]
+    for s in own[first + 1:last + 1]:
+        merged = merged * s if isinstance(merged, int) and isinstance(s, int) else at(operator.mul, merged, s)
+    return [*own[:first], merged, *own[last + 1:]]
+
+
+def _order(node, rank: int) -> list[int] | None:
+    """For a permuting op: which dim of the argument each dim of the result is."""
+    order = list(range(rank))
+    if node.target is aten.permute.default:
+        return [d % rank for d in node.args[1]]
+    if node.target in (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default):
+        a, b = (d % rank for d in node.args[1:3])
+    elif node.target in (aten.mT.default, aten.t.default):
+        a, b = (rank - 2, rank - 1) if rank > 1 else (0, 0)
+    elif node.target is aten.numpy_T.default:
+        return order[::-1]
+    else:  # movedim
+        sources, targets = ([d % rank for d in ([x] if isinstance(x, int) else x)] for x in node.args[1:3])
+        rest = iter(d for d in order if d not in sources)
+        moved = dict(zip(targets, sources))
+        return [moved[d] if d in moved else next(rest) for d in order]
+    order[a], order[b] = b, a
+    return order
+
+
+@row(aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default, aten.numpy_T.default, aten.swapaxes.default, aten.swapdims.default, aten.movedim.int, aten.movedim.intlist)
+def _(at, node, x, *args):
+    rank = len(value(x).shape)
+    if rank == 0:
+        return x
+    order = _order(node, rank)
+    if is_call(x, aten.permute.default):
+        order = [x.args[1][d] % rank for d in order]
+        x = x.args[0]
+    if order == list(range(rank)):
+        return x
+    if node.target is aten.permute.default and x is node.args[0] and order == list(node.args[1]):
+        return None
+    return at(aten.permute.default, x, order)
+
+
+@row(aten.slice.Tensor)
+def _(at, node, x, dim=0, start=None, end=None, step=1):
+    return x if sizes(node) == [size(s) for s in value(x).shape] and start in (None, 0) and step == 1 else None
+
+
+@row(aten.slice_scatter.default)
+def _(at, node, x, src, dim=0, start=None, end=None, step=1):
+    return src if start in (None, 0) and end in (None, _END) and step == 1 else None
+
+
+# ---------------------------------------------------------------- what does nothing
+
+
+@row(aten.alias.default, aten.contiguous.default, aten.expand.default, aten.expand_as.default)
+def _(at, node, x, *args, **kwargs):
+    return x if storages(x) == storages(node) and _same_layout(x, node) else None
+
+
+@row(aten.clone.default, aten.lift_fresh_copy.default, aten.lift_fresh.default)
+def _(at, node, x, **kwargs):
+    """A copy that nobody can tell from its source: same strides, and it does not leave the graph (see _may_replace)."""
+    return x if _same_layout(x, node) else None
+
+
+def _same_layout(x: Node, y: Node) -> bool:
+    a, b = value(x), value(y)
+    return sizes(x) == sizes(y) and [size(s) for s in a.stride()] == [size(s) for s in b.stride()]
+
+
+@row(aten.detach.default)
+def _(at, node, x):
+    return x if not at.requires_grad(x) else None
+
+
+def is_inactive_dropout(node: Node) -> bool:
+    return is_call(node, aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default) and (node.args[1] == 0 or node.args[2] is False)
+
+
+@row(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+def _(at, node, x, p, train):
+    return x if is_inactive_dropout(node) and storages(x) == storages(node) else None
