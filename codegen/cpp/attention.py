@@ -25,7 +25,7 @@ from ...compiler.ir import scalar as sc
 from ...compiler.ir.attention import Variant
 from ...compiler.ir.kernel import Kernel
 from .printer import SIZE_LIMIT, CppPrinter
-from .score import ELEMENTS, Captures, linear_scale, row_source, simplify, sink_source, tile_source
+from .score import ELEMENTS, Captures, keys_source, linear_scale, row_source, simplify, sink_source, tile_source
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -65,6 +65,7 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         _call_source(captures, num_sizes),
         row_source(captures, score, mask),
         tile_source(captures, mask),
+        keys_source(captures, mask),
         sink_source(captures, variant.sink_expr),
         _text("attention_tiles.h"),
         _text("attention_packed.h"),

@@ -91,7 +91,7 @@ static void attend_rows(const Call& call, Tile& tile, const float* keys, const f
         if (!exact && !tile_may(call, b, h, first, i_hi, j_span, span_end - 1)) continue;
         for (int64_t j_block = j_span; j_block < span_end; j_block += BLOCK) {
             const int64_t block_end = j_block + BLOCK < Tk ? j_block + BLOCK : Tk;
-            if (!exact && !tile_may(call, b, h, first, i_hi, j_block, block_end - 1)) continue;
+            if (!exact && !(tile_may(call, b, h, first, i_hi, j_block, block_end - 1) && keys_may(call, b, h, j_block, block_end - 1))) continue;
             const bool block_full = tile_must(call, b, h, first, i_hi, j_block, block_end - 1);
             for (int group = 0; group < rows; group += MR) {
                 const int group_rows = rows - group < MR ? rows - group : MR;
@@ -121,7 +121,7 @@ static void attend_packed(const Call& call) {
     int64_t tile_rows = TILE_ROWS;
     while (tile_rows > 4 * MR && call.B * call.H * ((call.Tq + tile_rows - 1) / tile_rows) < 4 * threads) tile_rows -= 4 * MR;
     const int64_t tiles = (call.Tq + tile_rows - 1) / tile_rows;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (is_worth_threads(call))
     {
         Tile tile;
         tile.scores = scratch + omp_get_thread_num() * scratch_size;
@@ -134,7 +134,7 @@ static void attend_packed(const Call& call) {
         for (int64_t n = 0; n < call.B * call.Hv * panels; ++n)
             pack_values(call, n / panels / call.Hv, n / panels % call.Hv, n % panels, values + n / panels * value_size);
         // Last rows first: under a causal mask they see most keys, and the short ones fill the end.
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (int64_t n = 0; n < call.B * call.H * tiles; ++n) {
             const int64_t b = n / tiles / call.H, h = n / tiles % call.H, first = (tiles - 1 - n % tiles) * tile_rows;
             const int rows = int(call.Tq - first < tile_rows ? call.Tq - first : tile_rows);

@@ -76,7 +76,7 @@ static void stream_keys(const Call& call, const Group& group, int64_t j_lo, int6
     const auto unseen = [&](int64_t from, int64_t to) {  // is the tile empty for every head?
         if (exact) return false;
         for (int64_t h = group.head; h < group.head + (MASK_USES_HEAD ? group.heads : 1); ++h)
-            if (tile_may(call, group.b, h, 0, call.Tq - 1, from, to - 1)) return false;
+            if (tile_may(call, group.b, h, 0, call.Tq - 1, from, to - 1) && (to - from > CHUNK || keys_may(call, group.b, h, from, to - 1))) return false;
         return true;
     };
     constexpr int64_t SPAN = 32 * CHUNK;
@@ -155,7 +155,7 @@ static void attend_streamed(const Call& call) {
     bool any_again = false;
     for (int pass = 0; pass < (FINITE_FILL ? 2 : 1) && (pass == 0 || any_again); ++pass) {
         const bool exact = pass == 1;
-#pragma omp parallel num_threads(threads) reduction(|| : any_again) if (groups * splits > 1)
+#pragma omp parallel num_threads(threads) reduction(|| : any_again) if (is_worth_threads(call))
         {
             float* q = scratch + omp_get_thread_num() * scratch_size;
             const auto group_at = [&](int64_t n) { return Group{n / per_batch, n % per_batch * heads, heads}; };

@@ -98,3 +98,6 @@ INLINE void write_row(const Call& call, int64_t b, int64_t h, int64_t i, const f
     else
         for (int d = 0; d < DV; ++d) store_element(out + d * stride[3], sums[d] * factor);
 }
+
+// Starting threads costs as much as half a million multiplications, about 10 us.
+INLINE bool is_worth_threads(const Call& call) { return double(call.B * call.H * call.Tq) * double(call.Tk) * (D + DV) > 5e5; }

@@ -194,6 +194,21 @@ def tile_source(captures: Captures, mask) -> str:
     return "\n".join(functions) + "\n"
 
 
+def keys_source(captures: Captures, mask) -> str:
+    """``keys_may``: is any key of [j_lo, j_hi] left by the parts of the mask that a captured tensor gives for keys alone (padding)?
+
+    tile_may cannot know what such a tensor holds; looking costs one read a key and tile, and skips the padding of a batch.
+    """
+    parts = [x for x in (mask.args if isinstance(mask, sympy.And) else (mask,)) if x.has(sc.J) and x.has(sc.load) and not x.has(sc.I)]
+    lines = ["INLINE bool keys_may(const Call& call, int64_t b, int64_t h, int64_t j_lo, int64_t j_hi) {"]
+    if parts:
+        condition = sympy.And(*parts)
+        lines += [*_locals([condition], "int64_t", {}), "    bool any = false;", f"    for (int64_t j = j_lo; j <= j_hi; ++j) any |= {captures.printer()(condition)};", "    return any;", "}"]
+    else:
+        lines += ["    return true;", "}"]
+    return "\n".join(lines) + "\n"
+
+
 def sink_source(captures: Captures, sink) -> str:
     """``sink_of``: the extra logit of a row, -inf for none."""
     lines = _locals([sink] if sink is not None else [], "int64_t", {})

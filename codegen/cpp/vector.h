@@ -1,4 +1,5 @@
 // Vectors of floats by GCC's and clang's vector extensions, 16-bit floats, and the exponential of the softmax.
+// Two instructions are written out: immintrin.h would take a quarter of the time to compile a kernel.
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -7,9 +8,6 @@
 #include <new>
 #include <type_traits>
 #include <utility>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -83,12 +81,11 @@ INLINE Vector load_vector(const BFloat16* p) {
     return bit_cast<Vector>(__builtin_convertvector(*reinterpret_cast<const ShortVector*>(p), BitVector) << 16);
 }
 INLINE Vector load_vector(const Half* p) {
-#if defined(__AVX512F__)
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__AVX2__) && defined(__F16C__)
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
     Vector x;
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
+    asm("vcvtph2ps %1, %0" : "=v"(x) : "m"(*reinterpret_cast<const ShortVector*>(p)));
+    return x;
+#else
     for (int lane = 0; lane < VL; ++lane) x[lane] = element(p[lane]);
     return x;
 #endif
@@ -123,23 +120,17 @@ INLINE void transpose(Vector* rows) {
 
 INLINE Vector larger(Vector x, Vector y) { return x > y ? x : y; }  // y where x is NaN
 
+template <int step, size_t... lane>
+INLINE Vector mirror_lanes(Vector x, std::index_sequence<lane...>) { return __builtin_shufflevector(x, x, int(lane ^ step)...); }
+template <int step = VL / 2>
 INLINE float sum_of(Vector x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps(x);
-#else
-    float total = 0;
-    for (int lane = 0; lane < VL; ++lane) total += x[lane];
-    return total;
-#endif
+    if constexpr (step == 0) return x[0];
+    else return sum_of<step / 2>(x + mirror_lanes<step>(x, std::make_index_sequence<VL>()));
 }
+template <int step = VL / 2>
 INLINE float max_of(Vector x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps(x);
-#else
-    float top = x[0];
-    for (int lane = 1; lane < VL; ++lane) top = x[lane] > top ? x[lane] : top;
-    return top;
-#endif
+    if constexpr (step == 0) return x[0];
+    else return max_of<step / 2>(larger(x, mirror_lanes<step>(x, std::make_index_sequence<VL>())));
 }
 
 // 2^x, within 2 ulp (3 just below 1). NaN stays NaN; below 2^-126 the result is 0. For x <= 127, as after the subtraction of a maximum.
@@ -154,7 +145,9 @@ INLINE Vector exp2_of(Vector x) {
     p = p * f + 6.93146944e-1f;
     p = p * f + 1.00000012f;
 #if defined(__AVX512F__)
-    return _mm512_scalef_ps(p, shifted - ROUND);
+    Vector y;
+    asm("vscalefps %2, %1, %0" : "=v"(y) : "v"(p), "v"(shifted - ROUND));  // p * 2^n, with NaN and underflow done right
+    return y;
 #else
     const Vector scaled = bit_cast<Vector>(bit_cast<BitVector>(p) + (bit_cast<BitVector>(shifted) << 23));
     return t >= -126.0f ? scaled : (t < -126.0f ? Vector{} : t);
