@@ -3,11 +3,12 @@
 
 constexpr int64_t PARALLEL_FROM = 32768;  // elements; below, waking the threads (5 to 10 us) takes longer than the work
 
-INLINE void store_vector(BFloat16* p, Vector x) {
+INLINE void write_vector(float* p, Vector x) { store_vector(p, x); }
+INLINE void write_vector(BFloat16* p, Vector x) {
     const BitVector bits = bit_cast<BitVector>(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     *reinterpret_cast<ShortVector*>(p) = __builtin_convertvector(x == x ? rounded : BitVector{} + 0x7fc0, ShortVector);
 }
-INLINE void store_vector(Half* p, Vector x) {
+INLINE void write_vector(Half* p, Vector x) {
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
     asm("vcvtps2ph $0, %1, %0" : "=m"(*reinterpret_cast<ShortVector*>(p)) : "v"(x));  // 0: to nearest even
 #else
@@ -24,7 +25,7 @@ INLINE float rounded(float x) {
 INLINE Vector rounded(Vector x) {
     if constexpr (std::is_same_v<X, float>) return x;
     X narrow[VL];
-    store_vector(narrow, x);
+    write_vector(narrow, x);
     return load_vector(narrow);
 }
 
@@ -54,7 +55,7 @@ struct Norm {
             Vector v = load_vector(x + d) * rstd;
             if constexpr (ROUND_BEFORE) v = rounded(v);
             if constexpr (HAS_WEIGHT) v *= load_vector(weight + d) + offset;
-            store_vector(out + d, v);
+            write_vector(out + d, v);
         }
         write(out, x, rstd, d);
     }
