@@ -21,8 +21,12 @@ def explain(fn_or_module, *args, dynamic: bool | None = None, options: dict | No
     return trace(fn_or_module, args, kwargs, dynamic=dynamic, options=options)
 
 
-def trace(fn: Callable, args=(), kwargs=None, *, dynamic: bool | None = None, options: dict | None = None, train: bool = False) -> Report:
-    """`explain` with the arguments in containers. train: also run the backward of the sum of all float results, so that its graphs are there."""
+def trace(fn: Callable, args=(), kwargs=None, *, dynamic: bool | None = None, options: dict | None = None, train: bool = False, grad: bool | None = None) -> Report:
+    """`explain` with the arguments in containers.
+
+    grad: trace with gradients on or off; None leaves the caller's setting. train: also run the backward of the sum of all
+    float results, so that its graphs are there.
+    """
     checked = Options.parse(options, tuple(p.NAME for p in passes.PIPELINE))  # a bad option is an OptionError here, not inside Dynamo's
     report = Report()
 
@@ -31,7 +35,7 @@ def trace(fn: Callable, args=(), kwargs=None, *, dynamic: bool | None = None, op
         label_inputs(gm, report.captured[-1], report.graphs[-1])
         return compiled
 
-    with torch.set_grad_enabled(train or torch.is_grad_enabled()):
+    with torch.set_grad_enabled(torch.is_grad_enabled() if grad is None else grad):
         result = torch.compile(fn, backend=backend, dynamic=dynamic)(*args, **(kwargs or {}))
         if train:
             losses = [x.float().sum() for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor) and x.requires_grad]
