@@ -10,12 +10,12 @@ from collections.abc import Callable
 from torch.fx import GraphModule, Node
 
 from ..runtime.build import CppUnit, compile_cpp
+from ..runtime.interpret import interpreted_entry
 from ..runtime.launch import CppLauncher
 from ..runtime.source_module import load_python_source
 from . import log
 from .errors import BuildError, CompilerNotFound
 from .ir.graph import is_tensor, value
-from .ir.kernel import Kernel
 from .options import Options
 from .report import KernelUse, Report
 from .select import SELECTORS, Choice
@@ -24,7 +24,7 @@ from .select import SELECTORS, Choice
 def lower(gm: GraphModule, options: Options, report: Report, number: int) -> Callable:
     """Replace fused ops by their implementations, build all kernels of the graph at once, and return the graph's forward."""
     choices = choose(gm, options)
-    launches = _build({c.kernel.source: c.kernel for _, c in choices if c.kernel is not None}, options, report)
+    launches = _build({c.kernel.source: c for _, c in choices if c.kernel is not None}, options, report)
     for node, choice in choices:
         function, name, reason = choice.function, choice.name, choice.reason
         if choice.kernel is not None:
@@ -61,19 +61,24 @@ def target_of(node: Node, options: Options) -> str:
     return "triton" if tensor is not None and tensor.device.type == "cuda" else "cpp"
 
 
-def _build(kernels: dict[str, Kernel], options: Options, report: Report) -> dict[str, Callable]:
+def _build(choices: dict[str, Choice], options: Options, report: Report) -> dict[str, Callable]:
     """source -> launch(tensors, ints, floats); a kernel that fails to build is missing, with a warning in the report."""
     launches: dict[str, Callable] = {}
-    cpp = [k for k in kernels.values() if k.language == "cpp"]
+    cpp = [c.kernel for c in choices.values() if c.kernel.language == "cpp"]
     try:
         libraries = compile_cpp([CppUnit(k.name, k.source, k.link_torch) for k in cpp])
         launches |= {k.source: CppLauncher(library, k.entry) for k, library in zip(cpp, libraries)}
     except (CompilerNotFound, BuildError) as error:
         _degrade(str(error), error, options, report)
-    for k in kernels.values():
+    for choice in choices.values():
+        k = choice.kernel
         if k.language == "triton":
             try:
-                launches[k.source] = getattr(load_python_source(k.name, k.source), k.entry)
+                if choice.interpreted:
+                    _warn("CPU tensors on the triton target run in Triton's interpreter: for checking numerics, never for speed", report)
+                    launches[k.source] = interpreted_entry(k.name, k.source, k.entry)
+                else:
+                    launches[k.source] = getattr(load_python_source(k.name, k.source), k.entry)
             except Exception as error:  # triton raises many kinds while it reads a source
                 _degrade(f"{k.name}: {error}", error, options, report)
     return launches
@@ -82,6 +87,11 @@ def _build(kernels: dict[str, Kernel], options: Options, report: Report) -> dict
 def _degrade(message: str, error: Exception, options: Options, report: Report) -> None:
     if options.strict:
         raise error
+    _warn(f"{message}. The fused ops run on their definition in torch, which is slow", report)
+
+
+def _warn(message: str, report: Report) -> None:
+    """A degradation: logged once and listed in the report."""
     if message not in report.warnings:
-        log.get("codegen").warning("%s. The fused ops run on their definition in torch, which is slow.", message)
+        log.get("codegen").warning("%s", message)
     report.warn(message)

@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
 from collections.abc import Callable
 
 import torch
 from torch.fx import Node
 
-from ..codegen.cpp import attention as cpp_attention
+from .errors import UnsupportedError
+from .ir import rms_norm as _rms_norm_op  # noqa: F401 (registers the op)
 from .ir.attention import Variant, empty_output, variant_of
 from .ir.graph import value
 from .ir.kernel import Kernel
@@ -24,6 +27,7 @@ class Choice:
     function: Callable | None = None
     kernel: Kernel | None = None
     bind: Callable[[Callable], Callable] | None = None
+    interpreted: bool = False
 
 
 def attention(node: Node, target: str, options: Options) -> Choice:
@@ -41,20 +45,51 @@ def attention(node: Node, target: str, options: Options) -> Choice:
         return Choice("attention", "the head dim is symbolic")
     if target == "cpp" and (function := _library(variant, dtype)) is not None:
         return Choice("attention", "plain or causal scores: the library kernel is at the limit of the CPU", "aten:scaled_dot_product_attention", function)
-    emit = cpp_attention.emit if target == "cpp" else _triton_emit()
-    kernel = emit(variant, q_dtype=dtype, capture_dtypes=[c.dtype for c in captured], capture_ranks=[c.dim() for c in captured], head_dim=width, value_dim=value_width, num_sizes=len(sizes))
-    return Choice("attention", "generated for this score and mask", kernel=kernel, bind=_bind_attention)
+    return _generated("attention", target, tensors[0], _bind_attention, variant, q_dtype=dtype, capture_dtypes=[c.dtype for c in captured], capture_ranks=[c.dim() for c in captured],
+                      head_dim=width, value_dim=value_width, num_sizes=len(sizes))
 
 
-def _triton_emit():
-    from ..codegen.triton import attention as triton_attention  # triton is an optional dependency
+def rms_norm(node: Node, target: str, options: Options) -> Choice:
+    """tileweld::rms_norm: a generated kernel, or the definition for float64."""
+    x, weight, eps, offset, cast = node.args
+    tensor, scale = value(x), value(weight) if weight is not None else None
+    if target == "reference":
+        return Choice("rms_norm", "options ask for it")
+    if torch.float64 in (tensor.dtype, scale.dtype if scale is not None else None):
+        return Choice("rms_norm", "float64 has no kernel")
+    out_dtype = value(node).dtype
 
-    return triton_attention.emit
+    def bind(launch):
+        def rms_norm_kernel(x, weight, eps, offset, cast):
+            out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+            launch([out, x] if weight is None else [out, x, weight], (), (eps, offset))
+            return out
+
+        return rms_norm_kernel
+
+    return _generated("rms_norm", target, tensor, bind, tensor.dtype, scale.dtype if scale is not None else None, tensor.dim(), cast)
+
+
+def _generated(op: str, target: str, tensor: torch.Tensor, bind, *args, **kwargs) -> Choice:
+    """The kernel that codegen/{target}/{op}.emit makes; what it does not support runs on the definition."""
+    if target == "triton" and not _has_triton():
+        return Choice(op, "triton is not installed: pip install 'tileweld[gpu]'")
+    emit = importlib.import_module(f"..codegen.{target}.{op}", __package__).emit  # triton is an optional dependency
+    try:
+        kernel = emit(*args, **kwargs)
+    except UnsupportedError as error:
+        return Choice(op, error.what)
+    interpreted = target == "triton" and tensor.device.type == "cpu"
+    return Choice(op, "CPU tensors on the triton target: interpreted, for checking only" if interpreted else "generated for this op", kernel=kernel, bind=bind, interpreted=interpreted)
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _library(variant: Variant, dtype: torch.dtype) -> Callable | None:
     """torch's own SDPA for a scaled score, no mask or the causal one, and rows that always see a key."""
-    if variant.linear_scale is None or variant.sink or variant.mask not in ("True", "j <= i") or dtype != torch.float32:
+    if variant.linear_scale is None or variant.sink or variant.mask not in ("True", "j <= i") or variant.fill != float("-inf") or dtype != torch.float32:
         return None
     causal, scale = variant.is_causal, variant.linear_scale
 
@@ -74,4 +109,4 @@ def _bind_attention(launch):
 
 
 #: op -> selector(node, target, options) -> Choice
-SELECTORS = {torch.ops.tileweld.attention.default: attention}
+SELECTORS = {torch.ops.tileweld.attention.default: attention, torch.ops.tileweld.rms_norm.default: rms_norm}
