@@ -173,8 +173,8 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         sizes=", ".join(f"n{n}" for n in range(num_sizes)) or "none", functions=text.functions(), prefill=prefill, decode=decode,
         prefill_call=", ".join(map(_host_argument, text.prefill)), decode_call=", ".join(map(_host_argument, text.decode)),
         redo="decode_kernel[(pairs, 1)](*arguments, SPLIT=False, REDO=True, **options)" if text.finite_fill else [],
-        configs=[_configs(q_dtype, head_dim, value_dim, backend, False) for backend in ("cuda", "hip", "cpu")],
-        decode_configs=[_configs(q_dtype, head_dim, value_dim, backend, True) for backend in ("cuda", "hip", "cpu")],
+        configs=[_configs(q_dtype, head_dim, value_dim, backend, dense=text.dense) for backend in ("cuda", "hip", "cpu")],
+        decode_configs=[_configs(q_dtype, head_dim, value_dim, backend, decode=True) for backend in ("cuda", "hip", "cpu")],
         prefill_aot=prefill_aot, prefill_constants=prefill_constants, decode_aot=decode_aot, decode_constants=decode_constants, combine_aot=combine_aot)
     detail = f"score={variant.score} mask={variant.mask} {dtype} head dim {head_dim}" + (f"/{value_dim}" if value_dim != head_dim else "")
     return Kernel(name="attention", language="triton", source=source, entry="attention", rewrite="attention", detail=detail)
@@ -191,8 +191,8 @@ def _check(q_dtype, capture_dtypes, head_dim, value_dim):
             raise UnsupportedError(f"no Triton attention kernel for a captured tensor c{k} of {dtype}", cure=f"use one of {', '.join(str(d).removeprefix('torch.') for d in POINTERS)}")
 
 
-def _configs(dtype, head_dim, value_dim, backend, decode) -> str:
-    chosen = [(c.block_m, c.block_n, c.num_warps, c.num_stages) for c in configs(dtype, head_dim, value_dim, backend, decode)]
+def _configs(dtype, head_dim, value_dim, backend, **kind) -> str:
+    chosen = [(c.block_m, c.block_n, c.num_warps, c.num_stages) for c in configs(dtype, head_dim, value_dim, backend, **kind)]
     return f'"{backend}": {chosen!r},'
 
 

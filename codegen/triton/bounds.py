@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 import sympy
-from sympy import And
+from sympy import And, Or
 from sympy.core.relational import Relational
 
 from ...compiler.ir import interval
@@ -33,7 +33,7 @@ class Ranges:
     @property
     def tile_test(self):
         """A condition without which a tile holds no visible key; true where there is nothing to test."""
-        return interval.tile(self.rest)[1]
+        return interval.tile(_decidable(self.rest))[1]
 
 
 def ranges(mask) -> Ranges:
@@ -46,6 +46,26 @@ def ranges(mask) -> Ranges:
         else:
             (uppers if bound[0] == "upper" else lowers).append(bound[1])
     return Ranges(tuple(uppers), tuple(lowers), And(*rest))
+
+
+SMALLEST_BLOCK = 16
+
+
+def _decidable(condition):
+    """The condition, with true for what no tile decides: an element that changes with every key, a period shorter than a tile.
+
+    A test that never skips costs more than its own time: Triton pipelines no loads that stand under a branch.
+    """
+    if isinstance(condition, (And, Or)):
+        return condition.func(*map(_decidable, condition.args))
+    return sympy.true if any(map(_changes_within_a_tile, condition.atoms(sc.load, sc.mod))) else condition
+
+
+def _changes_within_a_tile(e) -> bool:
+    if isinstance(e, sc.mod):
+        return e.args[0].has(sc.J) and e.args[1].is_Integer and abs(int(e.args[1])) <= SMALLEST_BLOCK
+    # j // 64 may be the same all over a tile, j is not
+    return any(index.xreplace({x: sc.TK for x in index.atoms(sc.floordiv)}).has(sc.J) for index in e.args[1:])
 
 
 def _bound(conjunct):

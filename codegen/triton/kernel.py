@@ -86,6 +86,7 @@ class AttentionText:
         self.masked = variant.mask_expr is not sympy.true
         self.ranges: Ranges = ranges(variant.mask_expr)
         self.value_dim = value_dim
+        self.dense = any(load.has(sc.I) and load.has(sc.J) for e in (variant.score_expr, variant.mask_expr) for load in sc.loads(e))
         self.test_reads_head = self.ranges.tile_test.has(sc.H)
         self.tested = self.ranges.tile_test is not sympy.true
         self.finite_fill = self.masked and math.isfinite(variant.fill)

@@ -64,7 +64,7 @@ def float_text(value: float) -> str:
     if math.isnan(value) or math.isinf(value):
         return f'float("{value}")'
     try:
-        rounded = struct.unpack("f", struct.pack("f", value))[0]
+        rounded = struct.unpack("<f", struct.pack("<f", value))[0]
     except OverflowError:
         return f'float("{"-" if value < 0 else ""}inf")'
     return "0.0" if abs(rounded) < 2.0**-126 else repr(rounded)  # kernels flush subnormals

@@ -61,16 +61,22 @@ _DECODE = (
     (192, "16x32w4s3 16x64w4s2", "16x32w4s1", "16x16w4s2"),
     (256, "16x32w4s3 16x64w4s2", "16x32w4s1", "16x16w4s1"),
 )
+#: prefill with a captured element for every (query, key): its tile takes as many registers as the scores, and shared memory
+_DENSE = (
+    (64, "64x64w4s2 128x64w8s2 64x32w4s2", "64x64w4s1 64x32w4s1", "32x32w8s1 32x16w4s1"),
+    (128, "64x64w4s2 128x32w8s2 64x32w4s2", "64x32w4s1 32x32w4s1", "32x32w8s1 32x16w4s1"),
+    (256, "64x32w4s1 128x32w8s1", "64x32w4s1 32x32w4s1", "32x16w8s1 16x16w4s1"),
+)
 #: the interpreter: small tiles that differ, so that a short test crosses many tile borders
 INTERPRETER, INTERPRETER_DECODE = Config(64, 32, 4, 1), Config(16, 16, 4, 1)
 
 
-def configs(dtype: torch.dtype, head_dim: int, value_dim: int, backend: str, decode: bool = False) -> tuple[Config, ...]:
+def configs(dtype: torch.dtype, head_dim: int, value_dim: int, backend: str, decode: bool = False, dense: bool = False) -> tuple[Config, ...]:
     """The configurations for backend "cuda", "hip" or "cpu", the default first (research: FlashAttention-3's tile_size.h, Triton's tutorial 06)."""
     if backend == "cpu":
         return (INTERPRETER_DECODE if decode else INTERPRETER,)
     width = max(sum(chunk.width for chunk in chunks(dim)) for dim in (head_dim, value_dim))
-    _, cuda, hip, single = next(row for row in (_DECODE if decode else _TABLE) if width <= row[0])
+    _, cuda, hip, single = next(row for row in (_DECODE if decode else _DENSE if dense else _TABLE) if width <= row[0])
     text = single if dtype == torch.float32 else cuda if backend == "cuda" else hip
     return tuple(_parse(item) for item in text.split())
 
