@@ -22,7 +22,6 @@ from collections.abc import Callable
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
 from ..compiler.ir.graph import argument, is_call, is_tensor, size, value
 from .functionalise import HIDDEN_WRITES, emit, faking, functionalise, requires_grad, storages, written
@@ -274,6 +273,35 @@ def _(at, node, x, *args, **kwargs):
     if node.target is aten.to.dtype and len(args) == 1 and not kwargs:
         return None
     return at(aten.to.dtype, x, new.dtype)
+
+
+# ---------------------------------------------------------------- values that use only another tensor's type or size
+
+_FILLED = {aten.new_ones.default: 1, aten.ones_like.default: 1, aten.new_zeros.default: 0, aten.zeros_like.default: 0}
+
+
+@row(*_FILLED, aten.new_full.default, aten.full_like.default)
+def _(at, node, x, *args, **kwargs):
+    """x.new_ones(n), ones_like(x) -> full(n, 1): a mask made "like the scores" does not read them."""
+    known = value(node)
+    like = node.target in (aten.ones_like.default, aten.zeros_like.default, aten.full_like.default)
+    if known.layout != torch.strided or kwargs.get("memory_format") not in (None, torch.preserve_format) or (like and not known.is_contiguous()):
+        return None
+    number = _FILLED[node.target] if node.target in _FILLED else args[0 if like else 1]
+    shape = [s if isinstance(s, int) else at(aten.sym_size.int, x, d) for d, s in enumerate(known.shape)] if like else args[0]
+    return at(aten.full.default, shape, number, dtype=known.dtype, device=known.device)
+
+
+@row(aten.sym_size.int)
+def _(at, node, x, dim):
+    """A size that an input of the graph also has is read there: asking a score for its size would keep it alive."""
+    wanted = value(node)
+    for source in node.graph.nodes:
+        if source.op != "placeholder":
+            break
+        if isinstance(value(source), torch.SymInt) and value(source).node.expr == wanted.node.expr:
+            return source
+    return None
 
 
 # ---------------------------------------------------------------- views
