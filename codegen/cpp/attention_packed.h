@@ -50,7 +50,7 @@ INLINE void load_queries(const Call& call, int64_t b, int64_t h, int64_t first, 
 }
 
 // MR rows against the keys [j_lo, j_hi) of a block
-static void attend_block(const Call& call, Tile& tile, const float* keys, const float* values, int64_t b, int64_t h, int64_t first_row, int group,
+static __attribute__((noinline)) void attend_block(const Call& call, Tile& tile, const float* keys, const float* values, int64_t b, int64_t h, int64_t first_row, int group,
                          int rows, int64_t j_lo, int64_t j_hi, bool full, float masked) {
     const int64_t width = j_hi - j_lo;
     float* scores = tile.scores;
@@ -80,7 +80,7 @@ static void attend_block(const Call& call, Tile& tile, const float* keys, const 
 }
 
 // One pass over the keys that rows [first, first + rows) may see; `exact` visits all keys, masked ones with the score FILL.
-static void attend_rows(const Call& call, Tile& tile, const float* keys, const float* values, int64_t b, int64_t h, int64_t first, int rows, bool exact) {
+static __attribute__((noinline)) void attend_rows(const Call& call, Tile& tile, const float* keys, const float* values, int64_t b, int64_t h, int64_t first, int rows, bool exact) {
     const float masked = exact ? FILL : -std::numeric_limits<float>::infinity();
     const int64_t i_hi = first + rows - 1, Tk = call.Tk;
     for (int r = 0; r < rows; ++r) tile.state[r] = start_row(sink_of(call, b, h, first + r));

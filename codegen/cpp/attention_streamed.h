@@ -147,33 +147,32 @@ static void attend_streamed(const Call& call) {
     const int splits = int(groups >= 4 * threads ? 1 : smaller(longest, (4 * threads + groups - 1) / groups));
     const int64_t part_keys = round_up((call.Tk + splits - 1) / splits, CHUNK);
     const int64_t total_rows = groups * splits * rows, scratch_size = STREAM_ROWS * (DP + CHUNK) + CHUNK * (DP > DVP ? DP : DVP);
-    Workspace workspace(total_rows * (DVP + 2) + groups + threads * scratch_size + 64);
+    Workspace workspace(total_rows * (DVP + 2) + 2 * groups + threads * scratch_size + 64);
     float *sums = workspace.take(total_rows * DVP), *scratch = workspace.take(threads * scratch_size);
     RowState* states = reinterpret_cast<RowState*>(workspace.take(total_rows * 2));
-    int32_t* again = reinterpret_cast<int32_t*>(workspace.take(groups));  // groups with rows that masked keys reach
+    int32_t* parts_done = reinterpret_cast<int32_t*>(workspace.take(groups));  // of each group
+    int32_t* again = reinterpret_cast<int32_t*>(workspace.take(groups));       // groups with rows that masked keys reach
     std::memset(again, 0, sizeof(int32_t) * size_t(groups));
     bool any_again = false;
     for (int pass = 0; pass < (FINITE_FILL ? 2 : 1) && (pass == 0 || any_again); ++pass) {
         const bool exact = pass == 1;
+        std::memset(parts_done, 0, sizeof(int32_t) * size_t(groups));
 #pragma omp parallel num_threads(threads) reduction(|| : any_again) if (is_worth_threads(call))
         {
             float* q = scratch + omp_get_thread_num() * scratch_size;
-            const auto group_at = [&](int64_t n) { return Group{n / per_batch, n % per_batch * heads, heads}; };
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t n = 0; n < groups * splits; ++n) {
-                const Group group = group_at(n / splits);
-                if (exact && !again[n / splits]) continue;
+#pragma omp for schedule(dynamic, 1) nowait
+            for (int64_t part = 0; part < groups * splits; ++part) {
+                const int64_t n = part / splits;
+                const Group group{n / per_batch, n % per_batch * heads, heads};
+                if (exact && !again[n]) continue;
                 for (int r = 0; r < rows; ++r) {
                     const Element* from = call.q + group.b * call.q_stride[0] + (group.head + r / call.Tq) * call.q_stride[1] + r % call.Tq * call.q_stride[2];
                     for (int d = 0; d < DP; ++d) q[r * DP + d] = d < D ? element(from[d * call.q_stride[3]]) * SCALE : 0.0f;
                 }
-                const int64_t j_lo = smaller(n % splits * part_keys, call.Tk), j_hi = smaller(j_lo + part_keys, call.Tk);
-                stream_keys(call, group, j_lo, j_hi, exact, q, q + STREAM_ROWS * DP, sums + n * rows * DVP, states + n * rows);
-            }
-#pragma omp for schedule(static)
-            for (int64_t n = 0; n < groups; ++n) {
-                if (exact && !again[n]) continue;
-                const Group group = group_at(n);
+                const int64_t j_lo = smaller(part % splits * part_keys, call.Tk), j_hi = smaller(j_lo + part_keys, call.Tk);
+                stream_keys(call, group, j_lo, j_hi, exact, q, q + STREAM_ROWS * DP, sums + part * rows * DVP, states + part * rows);
+                // Whoever finishes a group's last part puts the parts together: no thread waits for another.
+                if (__atomic_add_fetch(&parts_done[n], 1, __ATOMIC_ACQ_REL) < splits) continue;
                 for (int r = 0; r < rows; ++r) {
                     const int64_t at = n * splits * rows + r;
                     again[n] |= !combine_row(call, group.b, group.head + r / call.Tq, r % call.Tq, splits, sums + at * DVP, states + at, rows, exact);

@@ -94,11 +94,14 @@ INLINE void store_vector(float* p, Vector x) { *reinterpret_cast<LooseVector*>(p
 
 // The first `count` of VL elements `stride` apart, zeros behind them.
 template <class Element>
-INLINE Vector gather_vector(const Element* p, int64_t stride, int count) {
-    if (stride == 1 && count >= VL) return load_vector(p);
+static __attribute__((noinline)) Vector gather_part(const Element* p, int64_t stride, int count) {
     float lanes[VL] = {};
     for (int lane = 0; lane < VL && lane < count; ++lane) lanes[lane] = element(p[lane * stride]);
     return load_vector(lanes);
+}
+template <class Element>
+INLINE Vector gather_vector(const Element* p, int64_t stride, int count) {
+    return stride == 1 && count >= VL ? load_vector(p) : gather_part(p, stride, count);
 }
 
 // VL rows of VL floats to columns: blocks of `step` change places, from the largest to single lanes.

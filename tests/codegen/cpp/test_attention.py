@@ -62,7 +62,6 @@ CASES = {
     "causal, zero rows": Case(mask="j < i", empty="zero"),
     "window": Case(mask="(j <= i + n0) & (i + n0 - j < 20)", **OFFSET),
     "window and global": Case(mask="(j <= i + n0) & ((i + n0 - j < 20) | (j < 4))", **OFFSET),
-    "window, both sides": Case(mask="(i - j < 30) & (j - i < 70)"),
     "dilated": Case(mask="((i + n0 - j) % n1 == 0) & (j <= i + n0)", sizes=lambda Tq, Tk: [Tk - Tq, 3]),
     "a mask by head": Case(mask="(h % 2 == 0) | (i + n0 - j < 33*h)", empty="zero", **OFFSET),
     "sizes beyond int32": Case(mask="j - i < n0", score="s*0.25 + where(i*j + n0 > n0, 1, 0)", sizes=lambda Tq, Tk: [2**40]),
@@ -70,9 +69,8 @@ CASES = {
     "documents": Case(mask="(c0[b, j] == c0[b, i]) & (j <= i + n0)", captures=documents, **OFFSET),
     "blocks": Case(mask="c0[i//8, j//8] != 0", captures=lambda B, H, Tq, Tk: [(torch.rand(Tq // 8 + 1, Tk // 8 + 1) > 0.6).int()], empty="zero"),
     "dense bias": Case(score="s*0.25 + c0[b, h, i, j]", captures=lambda B, H, Tq, Tk: [torch.randn(B, H, Tk, Tq).transpose(2, 3)]),
-    "bfloat16 bias of one batch entry": Case(score="s*0.25 + c0[0, h, i, j]", captures=lambda B, H, Tq, Tk: [torch.randn(1, H, Tq, Tk).bfloat16()]),
+    "biases of 16 bits": Case(score="s*0.25 + c0[0, h, i, j] - c1[i, j]", captures=lambda B, H, Tq, Tk: [torch.randn(1, H, Tq, Tk).bfloat16(), torch.randn(Tq, Tk).half()]),
     "additive mask": Case(score="s*0.25 + c0[b, 0, i, j]", captures=lambda B, H, Tq, Tk: [torch.where(torch.rand(B, 1, Tq, Tk) > 0.9, 0.0, FLOAT_MIN)]),
-    "float16 bias": Case(score="s*0.25 + c0[i, j]", captures=lambda B, H, Tq, Tk: [torch.randn(Tq, Tk).half()]),
     "alibi": Case(score="s*0.25 + c0[h]*(j - i)", mask="j <= i + n0", captures=lambda B, H, Tq, Tk: [torch.rand(H) / 10], **OFFSET),
     "t5": Case(score="s + c0[c1[j - i + n0], h]", captures=lambda B, H, Tq, Tk: [torch.randn(32, H), torch.randint(0, 32, (Tq + Tk,))], sizes=lambda Tq, Tk: [Tq]),
     "indices that count from the end": Case(score="s*0.25 + c0[j - i] + c1[-1, h]", captures=lambda B, H, Tq, Tk: [torch.randn(Tq + Tk), torch.randn(2, H).double()]),
@@ -245,7 +243,7 @@ def _scores():
 
 
 @settings(max_examples=2, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(st.builds(Case, score=_scores(), mask=_masks(), empty=st.sampled_from(["nan", "zero"]), fill=st.sampled_from([float("-inf"), -1e9])), min_size=6, max_size=6))
+@given(st.lists(st.builds(Case, score=_scores(), mask=_masks(), empty=st.sampled_from(["nan", "zero"]), fill=st.sampled_from([float("-inf"), -1e9])), min_size=4, max_size=4))
 def test_random_variants(cases):
     captures = lambda B, H, Tq, Tk: [torch.rand(B, H, 64), torch.randint(-3, 9, (64,))]  # noqa: E731
     cases = [dataclasses.replace(case, captures=captures, sizes=lambda Tq, Tk: [5], tolerance=1e-3) for case in cases]
