@@ -34,12 +34,12 @@ def interpreting():
 
     runtime = triton.knobs.runtime
     with _lock, runtime.scope(), contextlib.ExitStack() as stack, np.errstate(all="ignore"):
+        stack.callback(_restore, _snapshot(triton.language))
         runtime.interpret = True
         for module in (triton.language, triton.language.standard):
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction):
                     setattr(module, name, _interpreted(interpreter.InterpretedFunction, value.fn))
-                    stack.callback(setattr, module, name, value)
         patch_tensor = interpreter._patch_lang_tensor
 
         def patch_tensor_and_index(tensor, scope):
@@ -50,6 +50,27 @@ def interpreting():
         interpreter._patch_lang_tensor = patch_tensor_and_index
         stack.callback(setattr, interpreter, "_patch_lang_tensor", patch_tensor)
         yield
+
+
+def _snapshot(language) -> list[tuple[object, dict]]:
+    """What the interpreter patches: modules of triton.language and the classes in them, each with its attributes.
+
+    It restores triton.language itself, but not what a nested call patches: triton.language.core, through tl.max for one. A
+    kernel compiled afterwards would meet the interpreter's functions.
+    """
+    modules = [language, language.core, language.math, language.standard]
+    classes = {value for module in modules for value in vars(module).values() if isinstance(value, type) and value.__module__.startswith("triton.language")}
+    return [(owner, dict(vars(owner))) for owner in [*modules, *classes]]
+
+
+def _restore(snapshot) -> None:
+    for owner, attributes in snapshot:
+        for name, value in list(vars(owner).items()):
+            if name not in attributes:
+                if isinstance(owner, type):  # names new in a module are what its rewritten functions read, once for all
+                    delattr(owner, name)
+            elif value is not attributes[name]:
+                setattr(owner, name, attributes[name])
 
 
 @functools.lru_cache(None)

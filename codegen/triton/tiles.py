@@ -63,8 +63,8 @@ _DECODE = (
 )
 #: prefill with a captured element for every (query, key): its tile takes as many registers as the scores, and shared memory
 _DENSE = (
-    (64, "64x64w4s2 128x64w8s2 64x32w4s2", "64x64w4s1 64x32w4s1", "32x32w8s1 32x16w4s1"),
-    (128, "64x64w4s2 128x32w8s2 64x32w4s2", "64x32w4s1 32x32w4s1", "32x32w8s1 32x16w4s1"),
+    (64, "128x64w8s2 64x64w4s2 64x32w4s2", "64x64w4s1 64x32w4s1", "32x32w8s1 32x16w4s1"),
+    (128, "128x32w8s2 64x32w4s2", "64x32w4s1 32x32w4s1", "32x32w8s1 32x16w4s1"),
     (256, "64x32w4s1 128x32w8s1", "64x32w4s1 32x32w4s1", "32x16w8s1 16x16w4s1"),
 )
 #: the interpreter: small tiles that differ, so that a short test crosses many tile borders

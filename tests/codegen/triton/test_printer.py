@@ -128,10 +128,17 @@ def test_log2e_is_not_folded_where_finfo_min_would_become_infinite(score):
 
 
 def test_interpretation_ends_with_its_block():
+    """Also where a kernel calls Triton's own library, which the interpreter patches and leaves so."""
     import triton
 
     source, _ = build([parse("s + 1")], [])
     module = load_interpreted("plain", source)
+    reducing = source.replace("tl.store", "tl.sum(s, 0)\n    tl.store")
+    out = torch.zeros(1, N)
+    interpreted_entry("reducing", reducing, "run")([out, S, I, J])
+    torch.testing.assert_close(out[0], S + 1, equal_nan=True)
+    types = {"out_ptr": "*fp32", "s_ptr": "*fp32", "i_ptr": "*i32", "j_ptr": "*i32"}
+    assert compile_ahead(load_python_source("reducing", reducing), "kernel", types, {}, "sm_80").registers > 0
     assert type(module.kernel).__name__ == "InterpretedFunction"
     assert not triton.knobs.runtime.interpret and type(triton.language.max).__name__ == "JITFunction"
     assert type(load_python_source("plain", source).kernel).__name__ == "JITFunction"
