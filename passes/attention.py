@@ -82,7 +82,7 @@ def _core(softmax: Softmax, forward: Forward, i_dim) -> Core:
     sink = lift.at(sink_node.node, sink_node.index(roles)) if sink_node else None
     parts = split(e, {sc.S})
     return Core(root=forward.contraction, roles=roles, lift=lift, score=parts.score, mask=parts.mask, fill=parts.fill, sink=sink, empty=softmax.empty,
-                q=q, k=k, v=v, out_index=out_index, value_symbol=DV, inexact=softmax.inexact)
+                q=q, k=k, v=v, out_index=out_index, value_symbol=DV, spelling=softmax.spelling)
 
 
 def _nothing_escapes(inside: set[Node], contraction: Node) -> None:

@@ -13,9 +13,9 @@ from . import scalar as sc
 from .graph import insert, shape, value
 from .interval import drop_proved
 from .layout import Operand, arrange, layout, size_node, sizes_of_nodes, with_groups
-from .masking import has_witness
+from .masking import ABSORBING, has_witness, moderate, renormalised
 from .printer import text
-from .rewrite import Match
+from .rewrite import Match, Refused
 from .table import tabulate
 
 aten = torch.ops.aten
@@ -37,6 +37,7 @@ class Core:
 
     root: the node that the op replaces; roles: B, H, Tq, Tk and their index symbols; out_index: where root holds (b, h, i, dv);
     score, mask, fill, sink: expressions over raw symbols (tensors by name, sizes by shape symbol); fill None: nothing is masked.
+    spelling: of the softmax, see softmax.py: they differ where all scores of a row are hugely negative.
     """
 
     root: Node
@@ -52,19 +53,26 @@ class Core:
     v: list[Part]
     out_index: list
     value_symbol: sympy.Symbol
+    spelling: str = "softmax"
 
 
 def finish(core: Core, source: Node) -> Match:
     """Bring the expressions to their final text and return the Match that builds the op."""
     ranges = core.roles.ranges
-    mask, fill, empty = drop_proved(core.mask, ranges), core.fill, core.empty
+    mask, fill, empty = renormalised(drop_proved(core.mask, ranges)), core.fill, core.empty
     if mask is sympy.true:
         fill = None
     sees_a_key = fill is None or has_witness(mask, ranges, core.roles.rows, core.roles.keys)
-    if sees_a_key:  # then no row is empty, and no weight can reach a masked position
-        fill = -math.inf
-        if not core.score.has(sympy.oo, -sympy.oo) and core.sink is None:
+    if sees_a_key and moderate(core.score):  # then no row is empty
+        if core.sink is None:
             empty = "nan"
+        if fill is not None and fill <= -ABSORBING:  # and no weight can reach a masked position
+            fill = -math.inf
+    fill = -math.inf if fill is None else fill
+    if core.spelling == "unshifted":  # exp(fill) is 0, and a row without a key is 0/0
+        fill = -math.inf
+    if core.spelling != "softmax" and not moderate(core.score) or core.spelling == "logsumexp" and math.isfinite(fill) and not sees_a_key:
+        raise Refused("a softmax without its maximum subtracted, where a row may hold only huge negative scores", source, "write softmax(x, dim), or mask with -inf")
     texts, tables = [], []
     for e in (core.score, mask, core.sink):
         if e is not None:

@@ -22,7 +22,7 @@ from torch.fx import Node
 from . import scalar as sc
 from .graph import is_tensor, shape, size, value
 from .unliftable import Unliftable
-from .views import broadcast_index
+from .views import VIEWS, broadcast_index
 
 aten = torch.ops.aten
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -123,7 +123,8 @@ class Lift:
             integer = not value(node).dtype.is_floating_point
             if value(node).dtype.is_complex:
                 raise Unliftable("a complex tensor")
-            self.captures[node] = Symbol(f"tensor_{node.name}", integer=True) if integer else Symbol(f"tensor_{node.name}")
+            known = {"integer": True} if integer else {"finite": True} if _is_weight(node) else {}  # a weight is no mask in disguise
+            self.captures[node] = Symbol(f"tensor_{node.name}", **known)
         element = sc.load(self.captures[node], *(e for e, n in zip(index, shape(node)) if n != 1))
         return sc.relation("!=", element, Integer(0)) if value(node).dtype == torch.bool else element
 
@@ -156,6 +157,22 @@ class Lift:
         if sc.is_int(e) and dtype in _HALVES:  # 257 is not a bfloat16: positions would be rounded
             raise Unliftable(f"integers as {dtype}")
         return e
+
+
+_KEEP_WEIGHTS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.to.dtype, aten.mul.Tensor, aten.sigmoid.default, aten.tanh.default)
+
+
+_SUMS = (aten.linear.default, aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.addmm.default, aten.einsum.default)
+
+
+def _is_weight(node) -> bool:
+    """A parameter, a lookup, view, cast or product of parameters, or a contraction: far from the size of a mask constant."""
+    if node.target in _SUMS:
+        return True
+    if node.op in ("placeholder", "get_attr"):
+        return isinstance(value(node), torch.nn.Parameter)
+    sources = [a for a in node.all_input_nodes if is_tensor(a) and value(a).dtype.is_floating_point]
+    return bool(sources) and (node.target in VIEWS or node.target in _KEEP_WEIGHTS) and all(map(_is_weight, sources))
 
 
 # ---------------------------------------------------------------- pointwise rows: op -> builder of expressions
@@ -202,7 +219,7 @@ POINTWISE = {
     aten.mul.Tensor: sc.mul, aten.mul.Scalar: sc.mul, aten.div.Tensor: sc.div, aten.div.Scalar: sc.div, aten.neg.default: sc.neg,
     aten.floor_divide.default: sc.integer_floordiv, aten.floor_divide.Scalar: sc.integer_floordiv,
     aten.remainder.Tensor: sc.integer_mod, aten.remainder.Scalar: sc.integer_mod,
-    aten.pow.Tensor_Scalar: _power, aten.pow.Scalar: _power, aten.square.default: lambda x: sc.mul(x, x), aten.reciprocal.default: lambda x: sc.div(Integer(1), x),
+    aten.pow.Tensor_Scalar: _power, aten.pow.Scalar: _power, aten.pow.Tensor_Tensor: _power, aten.square.default: lambda x: sc.mul(x, x), aten.reciprocal.default: lambda x: sc.div(Integer(1), x),
     aten.minimum.default: sc.minimum, aten.maximum.default: sc.maximum, aten.min.other: sc.minimum, aten.max.other: sc.maximum,
     aten.le.Tensor: lambda x, y: sc.relation("<=", x, y), aten.le.Scalar: lambda x, y: sc.relation("<=", x, y),
     aten.lt.Tensor: lambda x, y: sc.relation("<", x, y), aten.lt.Scalar: lambda x, y: sc.relation("<", x, y),

@@ -1,6 +1,8 @@
 """Rows of the lifting table for ops that are not pointwise: constants, casts, views, gathers and contractions."""
 from __future__ import annotations
 
+import math
+
 import sympy
 import torch
 from sympy import And, Integer
@@ -24,6 +26,21 @@ def _dropout(lift, node, index):
     if node.args[2] and node.args[1] != 0:
         raise Unliftable("dropout")
     return lift.at(node.args[0], index)
+
+
+@row(aten.silu.default)
+def _silu(lift, node, index):
+    x = lift.at(node.args[0], index)
+    return sc.mul(x, sc.unary("sigmoid", x))
+
+
+@row(aten.gelu.default)
+def _gelu(lift, node, index):
+    x = lift.at(node.args[0], index)
+    if argument(node, 1, "approximate", "none") == "tanh":
+        inner = sc.mul(sc.number(math.sqrt(2 / math.pi)), sc.add(x, sc.mul(sc.number(0.044715), sc.mul(x, sc.mul(x, x)))))
+        return sc.mul(sc.mul(sc.number(0.5), x), sc.add(sc.unary("tanh", inner), Integer(1)))
+    return sc.mul(sc.mul(sc.number(0.5), x), sc.add(sc.unary("erf", sc.mul(sc.number(math.sqrt(0.5)), x)), Integer(1)))
 
 
 # ---------------------------------------------------------------- constants and positions
@@ -233,7 +250,7 @@ def _baddbmm(lift, node, index):
     beta, alpha = (lift.at(argument(node, k, name, 1)) for k, name in ((3, "beta"), (4, "alpha")))
     lhs_index, rhs_index, d, length = _product_index(lift, node, lhs, rhs, index)
     product = sc.mul(alpha, lift.dot(node, index, lhs, lhs_index, rhs, rhs_index, d, length))
-    return product if beta == 0 else sc.add(product, sc.mul(beta, lift.broadcast(bias, index)))
+    return product if sc.equals(beta, 0) else sc.add(product, sc.mul(beta, lift.broadcast(bias, index)))
 
 
 @row(aten.einsum.default)

@@ -50,12 +50,13 @@ def split(e, of) -> Split:
         added = _added_mask(y) if isinstance(e, sc.fadd) and not _has(y, of) else None
         if added is not None:
             visible, rest, constant = added
-            if inner.fill is None or inner.fill == constant == -math.inf:
+            if (inner.fill is None and (constant == -math.inf or moderate(inner.score))) or inner.fill == constant == -math.inf:
                 return Split(sc.add(inner.score, rest), And(visible, inner.mask), constant)
             if inner.fill == -math.inf:  # a finite constant added to -inf leaves -inf: keep the inner mask outermost
                 return Split(sc.add(inner.score, y), inner.mask, inner.fill)
-            return Split(sc.add(x, rest), visible, constant) if constant == -math.inf else Split(e)
-        if inner.fill is not None and abs(inner.fill) >= ABSORBING and not _has(y, of) and _moderate(y):
+            return Split(sc.add(x, rest), visible, constant) if constant == -math.inf else Split(e)  # twice finfo.min is -inf
+        swallows = inner.fill is not None and (not y.has(sympy.oo, sympy.nan) if inner.fill == -math.inf else abs(inner.fill) >= ABSORBING and moderate(y))
+        if swallows and not _has(y, of):
             return Split(e.func(inner.score, y), inner.mask, inner.fill)  # fill + y rounds to fill
         return Split(e)
     if isinstance(e, (sc.fmul, sc.fmax, sc.fmin, sc.call)):
@@ -98,9 +99,10 @@ def _has(e, symbols) -> bool:
     return bool(e.free_symbols & symbols)
 
 
-def _moderate(y) -> bool:
-    """Nothing in y is itself as large as a mask constant."""
-    return all(abs(float(x)) < 1e20 for x in y.atoms(sympy.Number)) and not y.has(sympy.oo, -sympy.oo, sympy.nan)
+def moderate(y) -> bool:
+    """Nothing in y is itself as large as a mask constant. A float tensor may hold a mask, unless it is known to be a weight (`Lift.capture`)."""
+    numbers = all(abs(float(x)) < 1e20 for x in y.atoms(sympy.Number)) and not y.has(sympy.oo, -sympy.oo, sympy.nan)
+    return numbers and all(element.is_integer or element.args[0].is_finite for element in y.atoms(sc.load))
 
 
 def _added_mask(y):
@@ -108,14 +110,14 @@ def _added_mask(y):
     if isinstance(y, sc.where):
         condition, x, z = y.args
         for rest, constant, visible in ((x, z, condition), (z, x, Not(condition))):
-            if sc.is_const(constant) and constant is not sympy.nan and float(constant) <= -ABSORBING and _moderate(rest):
+            if sc.is_const(constant) and constant is not sympy.nan and float(constant) <= -ABSORBING and not rest.has(sympy.oo, sympy.nan):
                 return visible, rest, float(constant)
         inner = {k: _added_mask(branch) for k, branch in ((1, x), (2, z)) if not sc.is_const(branch)}
         for k, found in inner.items():  # where(c, where(d, x, -big), -big)
             other = y.args[3 - k]
             if found and sc.is_const(other) and float(other) == found[2]:
                 return And(condition if k == 1 else Not(condition), found[0]), found[1], found[2]
-    if isinstance(y, sc.fadd) and _moderate(y.args[1]):
+    if isinstance(y, sc.fadd) and moderate(y.args[1]):
         found = _added_mask(y.args[0])
         return found and (found[0], sc.add(found[1], y.args[1]), found[2])
     return None
@@ -131,6 +133,11 @@ def has_witness(mask, ranges, rows, keys) -> bool:
         candidates += [sc.I, sc.I + keys - rows]
     without_j = {symbol: ends for symbol, ends in ranges.items() if symbol != sc.J}
     return any(drop_proved(_renormalise(mask, candidate), without_j) is sympy.true for candidate in candidates)
+
+
+def renormalised(mask):
+    """The mask with its relations in normal form: a negation turns j > i into i >= j, which is j <= i."""
+    return _renormalise(mask, sc.J)
 
 
 def _renormalise(mask, candidate):

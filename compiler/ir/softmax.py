@@ -27,6 +27,7 @@ class Softmax:
     dim: int
     inner: list[Node]
     empty: str = "nan"
+    spelling: str = "softmax"  # or "unshifted", exp(x) / sum(exp(x)), or "logsumexp", exp(x - logsumexp(x))
 
 
 def softmax_at(node) -> Softmax | None:
@@ -39,12 +40,14 @@ def softmax_at(node) -> Softmax | None:
         exp, total = node.args
         dims = argument(total, 1, "dim")
         if total.args[0] is exp and argument(total, 2, "keepdim", False) and dims and len(dims) == 1:
-            return _without_shift(Softmax(node, exp.args[0], dims[0] % len(shape(node)), [exp, total]))
+            found = _without_shift(Softmax(node, exp.args[0], dims[0] % len(shape(node)), [exp, total]))
+            return dataclasses.replace(found, spelling="unshifted") if found.scores is exp.args[0] else found
     if is_call(node, aten.exp.default) and is_call(node.args[0], aten.sub.Tensor) and is_call(node.args[0].args[1], aten.logsumexp.default):
         shifted = node.args[0]
         x, total = shifted.args[:2]
         if total.args[0] is x and argument(total, 2, "keepdim", False) and len(total.args[1]) == 1:
-            return Softmax(node, x, total.args[1][0] % len(shape(node)), [shifted, total])
+            # fill - logsumexp(fill, ..., fill) rounds to 0: each of n masked keys would weigh 1, not 1/n
+            return Softmax(node, x, total.args[1][0] % len(shape(node)), [shifted, total], spelling="logsumexp")
     return None
 
 
