@@ -1,7 +1,7 @@
 """canonicalise: the normal form of a captured graph, so that no rewrite respells what means the same
 
 First in-place ops become values (functionalise.py), then every node goes through the rows of this file (`@row(targets)`: a
-builder that returns the new spelling, or None to leave the node), equal pure nodes become one, and dead ones go.
+builder that returns the new spelling, or None to leave the node), equal pure nodes become one, and dead ones go (merge.py).
 
     x.pow(2), x.square()                    ->  x * x
     1 - x, x - 1                            ->  -x + 1, x + -1
@@ -22,25 +22,26 @@ from collections.abc import Callable
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..compiler.ir.graph import argument, is_call, is_tensor, size, value
-from .functionalise import HIDDEN_WRITES, emit, faking, functionalise, requires_grad, storages, written
+from ..compiler.ir.graph import argument, is_call, is_tensor, value
+from .functionalise import emit, faking, functionalise, requires_grad, storages
+from .merge import drop_dead, is_inactive_dropout, merge_equal, reaching_output
 
 NAME = "canonicalise"
 aten = torch.ops.aten
 ROWS: dict[object, Callable] = {}
-_NAMESPACES = ("aten", "prims", "tileweld")  # ops that do what their schema says
-_DATA_DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)  # each call brings its own unbacked symbol
 _END = 2**63 - 1  # a slice that was written without an end
 
 
 def canonicalise(gm: GraphModule) -> GraphModule:
     """Bring gm.graph to its normal form, in place; returns gm. New nodes have meta["val"] and the stack trace of what they replace."""
+    _drop_inactive_dropout(gm.graph)
     frozen = functionalise(gm)
     with faking(gm.graph):
         _Rewriter(gm.graph, frozen).run()
-    _merge_equal(gm.graph, frozen)
-    _drop_dead(gm.graph)
+    merge_equal(gm.graph, frozen)
+    drop_dead(gm.graph)
     gm.graph.lint()
     gm.recompile()
     return gm
@@ -62,7 +63,7 @@ class _Rewriter:
     def __init__(self, graph: Graph, frozen: set[int]):
         self.graph, self.frozen = graph, frozen
         self.grads = requires_grad(graph)
-        self.outputs = _reaching_output(graph)
+        self.outputs = reaching_output(graph)
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -97,90 +98,19 @@ class _Rewriter:
         old_value, new_value = value(node), value(new)
         if not is_tensor(node):
             return True
-        if old_value.dtype != new_value.dtype or old_value.device != new_value.device or sizes(node) != sizes(new):
+        if old_value.dtype != new_value.dtype or old_value.device != new_value.device or not _same(old_value.shape, new_value.shape):
             return False
         if node not in self.outputs:
             return True
         # Where the value leaves the graph: the layout must be eager's, and so must what it shares its storage with.
-        same_layout = [size(s) for s in old_value.stride()] == [size(s) for s in new_value.stride()]
+        same_layout = _same(old_value.stride(), new_value.stride())
         sources = {s for a in node.all_input_nodes for s in storages(a)}
         return same_layout and (storages(node) & sources) == (storages(new) & sources)
 
 
-def sizes(node: Node) -> list:
-    return [size(s) for s in value(node).shape]
-
-
-def _reaching_output(graph: Graph) -> set[Node]:
-    """Nodes whose value, or a view of it, is returned, or read by something that looks at layouts."""
-    found: set[Node] = set()
-    for node in reversed(graph.nodes):
-        opaque = node.op in ("output", "call_module") or node.op == "call_function" and not is_transparent(node)
-        for a in node.all_input_nodes:
-            if opaque or (node in found and storages(a) & storages(node)):
-                found.add(a)
-    return found
-
-
-def is_transparent(node: Node) -> bool:
-    """Does a call depend on its arguments' values alone, and not on their strides or on when it runs?"""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return getattr(node.target, "__module__", "") in ("_operator", "math", "torch") and node.target is not torch._C._set_grad_enabled
-    reads_layout = node.target in (aten.as_strided.default, aten.view.default, aten.view.dtype)
-    return node.target.namespace in _NAMESPACES and not reads_layout and not node.target._schema.is_mutable
-
-
-# ---------------------------------------------------------------- merging and dropping
-
-
-def is_pure(node: Node) -> bool:
-    """Two calls with the same arguments give the same, and a call that nobody reads may go."""
-    if node.op == "get_attr":
-        return True
-    if node.op != "call_function" or written(node) or node.target in HIDDEN_WRITES:
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        random = torch.Tag.nondeterministic_seeded in node.target.tags and not is_inactive_dropout(node)
-        return node.target.namespace in _NAMESPACES and not random and len(node.target._schema.returns) > 0
-    return getattr(node.target, "__module__", "") in ("_operator", "math") or getattr(node.target, "__name__", "").startswith("sym_")
-
-
-def _merge_equal(graph: Graph, frozen: set[int]) -> None:
-    """Equal pure calls become the first of them: the same mask is computed in every layer. Not across a change of grad mode or
-    autocast, and not where both leave the graph, since eager returns two tensors."""
-    first: dict[object, Node] = {}
-    outputs = _reaching_output(graph)
-    mode = 0
-    for node in list(graph.nodes):
-        if node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload) and not is_pure(node):
-            mode += 1
-        if node.op not in ("call_function", "get_attr") or not is_pure(node) or any(storages(n) & frozen for n in (node, *node.all_input_nodes)):
-            continue
-        if any(tag in getattr(node.target, "tags", ()) for tag in _DATA_DEPENDENT):
-            continue
-        key = (mode, node.op, node.target, _key(node.args), _key(node.kwargs))
-        kept = first.setdefault(key, node)
-        if kept is node or (node in outputs and kept in outputs and node.op != "get_attr"):
-            continue
-        node.replace_all_uses_with(kept)
-        if node in outputs:
-            outputs.add(kept)
-        graph.erase_node(node)
-
-
-def _key(x):
-    """Hashable, and telling 1 from 1.0 from True and 0.0 from -0.0."""
-    if isinstance(x, (list, tuple)):
-        return tuple(_key(a) for a in x)
-    if isinstance(x, dict):
-        return tuple(sorted((k, _key(v)) for k, v in x.items()))
-    return x if isinstance(x, Node) else (type(x).__name__, repr(x))
-
-
-def _drop_dead(graph: Graph) -> None:
-    for node in reversed(graph.nodes):
-        if not node.users and is_pure(node):
-            graph.erase_node(node)
+def _same(a, b) -> bool:
+    """Are two lists of sizes known to be equal, without a guard?"""
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b))
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -201,13 +131,8 @@ def _(at, node, x):
 
 @row(aten.pow.Tensor_Scalar)
 def _(at, node, x, exponent):
-    """The cases that ATen computes without pow (Pow.cpp, pow_tensor_scalar_optimized)."""
-    if not is_number(exponent) or not is_float(x):
-        return None
-    if exponent == 2:
-        return at(aten.mul.Tensor, x, x)
-    plain = {0.5: aten.sqrt.default, -0.5: aten.rsqrt.default, -1: aten.reciprocal.default}.get(exponent)
-    return at(plain, x) if plain is not None else None
+    """Only the square: ATen's pow(-0.0, 0.5) is 0 where sqrt gives -0.0, and the cube is rounded in another order."""
+    return at(aten.mul.Tensor, x, x) if is_number(exponent) and exponent == 2 and is_float(x) else None
 
 
 _PER_TENSOR = {aten.add.Scalar: aten.add.Tensor, aten.sub.Scalar: aten.sub.Tensor, aten.mul.Scalar: aten.mul.Tensor, aten.div.Scalar: aten.div.Tensor}
@@ -310,7 +235,7 @@ def _(at, node, x, dim):
 @row(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.view_as.default, aten.reshape_as.default, aten.flatten.using_ints, aten.unflatten.int)
 def _(at, node, x, *args):
     """reshape(x, sizes); a reshape of a reshape is one; a reshape to the same sizes is none."""
-    if [size(s) for s in value(x).shape] == sizes(node):
+    if _same(value(x).shape, value(node).shape):
         return x
     source = x.args[0] if is_call(x, aten.reshape.default) else x
     if node.target is aten.reshape.default and source is x:
@@ -374,7 +299,7 @@ def _(at, node, x, *args):
 
 @row(aten.slice.Tensor)
 def _(at, node, x, dim=0, start=None, end=None, step=1):
-    return x if sizes(node) == [size(s) for s in value(x).shape] and start in (None, 0) and step == 1 else None
+    return x if _same(value(node).shape, value(x).shape) and start in (None, 0) and step == 1 else None
 
 
 @row(aten.slice_scatter.default)
@@ -398,7 +323,7 @@ def _(at, node, x, **kwargs):
 
 def _same_layout(x: Node, y: Node) -> bool:
     a, b = value(x), value(y)
-    return sizes(x) == sizes(y) and [size(s) for s in a.stride()] == [size(s) for s in b.stride()]
+    return _same(a.shape, b.shape) and _same(a.stride(), b.stride())
 
 
 @row(aten.detach.default)
@@ -406,10 +331,9 @@ def _(at, node, x):
     return x if not at.requires_grad(x) else None
 
 
-def is_inactive_dropout(node: Node) -> bool:
-    return is_call(node, aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default) and (node.args[1] == 0 or node.args[2] is False)
-
-
-@row(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
-def _(at, node, x, p, train):
-    return x if is_inactive_dropout(node) and storages(x) == storages(node) else None
+def _drop_inactive_dropout(graph: Graph) -> None:
+    """Eager returns the input itself, so later writes to either are seen in both; its fake value claims a copy. Hence before all else."""
+    for node in list(graph.nodes):
+        if is_inactive_dropout(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)

@@ -193,9 +193,11 @@ class _Statistic:
 
 def _statistic(node: Node) -> _Statistic | None:
     """Does node compute the inverse root of a mean square? Then something around it kept it from being fused."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
     inverse = next((t for t in readings(node) if t.target is aten.rsqrt.default), None)
-    if inverse is None and is_call(node, aten.sqrt.default) and all(is_call(u, aten.div.Tensor) and u.args[1] is node for u in node.users):
-        inverse = next(readings(node))
+    if inverse is None and any(t.target is aten.sqrt.default for t in readings(node)) and all(is_call(u, aten.div.Tensor) and u.args[1] is node for u in node.users):
+        inverse = next(t for t in readings(node) if t.target is aten.sqrt.default)
     if inverse is None:
         return None
     total = _uncast(inverse.args[0])

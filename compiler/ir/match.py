@@ -52,14 +52,17 @@ class Term:
 # ---------------------------------------------------------------- readings: (node or term) -> another spelling of it
 
 
-def _is(x, target) -> bool:
-    return x.target is target if isinstance(x, Term) else is_call(x, target)
-
-
 def _root_inverse(t: Term) -> Term | None:
     """1 / sqrt(v)  ->  rsqrt(v)"""
     inner = t.args[0]
-    return Term(aten.rsqrt.default, inner.args[:1], (*t.nodes, inner)) if isinstance(inner, Node) and is_call(inner, aten.sqrt.default) else None
+    roots = (r for r in readings(inner) if r.target is aten.sqrt.default) if isinstance(inner, Node) and inner.op == "call_function" else ()
+    return next((Term(aten.rsqrt.default, r.args[:1], (*t.nodes, *r.nodes)) for r in roots), None)
+
+
+def _root_power(t: Term) -> Term | None:
+    """v ** 0.5  ->  sqrt(v);  v ** -0.5  ->  rsqrt(v)"""
+    root = {0.5: aten.sqrt.default, -0.5: aten.rsqrt.default}.get(t.args[1]) if isinstance(t.args[1], float) else None
+    return Term(root, t.args[:1], t.nodes) if root is not None else None
 
 
 def _quotient(t: Term) -> Term | None:
@@ -86,6 +89,7 @@ def _mean(t: Term) -> Term | None:
 
 
 READINGS: dict[object, tuple[Callable[[Term], Term | None], ...]] = {
+    aten.pow.Tensor_Scalar: (_root_power,),
     aten.reciprocal.default: (_root_inverse,),
     aten.div.Tensor: (_quotient, _mean),
     aten.mul.Tensor: (_mean,),
@@ -178,14 +182,11 @@ class Pattern:
         names = list(dict.fromkeys(dim for dims in shapes.values() for dim in dims.split()))
         self.shapes = {name: [3 + 2 * names.index(dim) for dim in dims.split()] for name, dims in shapes.items()}
         self.name = function.__name__
+        self._exact: dict[tuple[torch.dtype, ...], tuple] = {}  # traces by the tensors' dtypes
 
     @functools.cached_property
     def _generic(self):
         return self._trace((torch.bfloat16,) * len(self.tensors))  # a narrow dtype: every cast of the function is in the graph
-
-    @functools.cached_property
-    def _exact(self) -> dict:
-        return {}
 
     def _trace(self, dtypes):
         """The function's graph for tensors of these dtypes, and its root."""
