@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from torch.fx import GraphModule, Node
 
+from ..codegen.regions import find_regions
 from ..runtime.build import CppUnit, compile_cpp
 from ..runtime.interpret import interpreted_entry
 from ..runtime.launch import CppLauncher
@@ -18,12 +19,14 @@ from .errors import BuildError, CompilerNotFound
 from .ir.graph import is_tensor, value
 from .options import Options
 from .report import KernelUse, Report
-from .select import SELECTORS, Choice
+from .select import SELECTORS, Choice, pointwise
 
 
 def lower(gm: GraphModule, options: Options, report: Report, number: int) -> Callable:
-    """Replace fused ops by their implementations, build all kernels of the graph at once, and return the graph's forward."""
+    """Replace fused ops and regions by their implementations, build all kernels of the graph at once, and return the graph's forward."""
     choices = choose(gm, options)
+    regions = find_regions(gm) if options.target in ("auto", "cpp") else []
+    choices += [(region.root, pointwise(region)) for region in regions]
     launches = _build({c.kernel.source: c for _, c in choices if c.kernel is not None}, options, report)
     for node, choice in choices:
         function, name, reason = choice.function, choice.name, choice.reason
@@ -37,10 +40,22 @@ def lower(gm: GraphModule, options: Options, report: Report, number: int) -> Cal
                 function, name = choice.bind(launch), f"{choice.kernel.language}:{choice.kernel.name}"
         if function is not None:
             function.__name__ = function.__qualname__ = name.replace(":", "_").replace(".", "_")
-            node.target = function
+            if choice.inputs is not None:
+                _replace(gm, node, function, choice.inputs)
+            else:
+                node.target = function
         report.kernels.append(KernelUse(choice.op, name, reason, number))
+    gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm.forward
+
+
+def _replace(gm: GraphModule, root: Node, function: Callable, inputs: list[Node]) -> None:
+    """One call in place of a region; its inner nodes die with it."""
+    with gm.graph.inserting_before(root):
+        new = gm.graph.call_function(function, tuple(inputs))
+    new.meta = dict(root.meta)
+    root.replace_all_uses_with(new)
 
 
 def choose(gm: GraphModule, options: Options) -> list[tuple[Node, Choice]]:

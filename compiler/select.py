@@ -9,11 +9,14 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
+from ..codegen.cpp import pointwise as cpp_pointwise
+from ..codegen.regions import Region, kept_dims
 from .errors import UnsupportedError
 from .ir import rms_norm as _rms_norm_op  # noqa: F401 (registers the op)
 from .ir.attention import Variant, empty_output, variant_of
 from .ir.graph import value
 from .ir.kernel import Kernel
+from .ir.views import VIEWS
 from .options import Options
 
 
@@ -28,6 +31,7 @@ class Choice:
     kernel: Kernel | None = None
     bind: Callable[[Callable], Callable] | None = None
     interpreted: bool = False
+    inputs: list[Node] | None = None  # a region: the nodes that its function takes, in place of the op's arguments
 
 
 def attention(node: Node, target: str, options: Options) -> Choice:
@@ -68,6 +72,25 @@ def rms_norm(node: Node, target: str, options: Options) -> Choice:
         return rms_norm_kernel
 
     return _generated("rms_norm", target, tensor, bind, tensor.dtype, scale.dtype if scale is not None else None, tensor.dim(), cast)
+
+
+def pointwise(region: Region) -> Choice:
+    """A region of pointwise ops as one C++ loop nest."""
+    known = value(region.root)
+    sizes, strides = tuple(known.shape), tuple(known.stride())
+    expected = [tuple(value(n).stride()) for n in region.inputs]
+    kernel = cpp_pointwise.emit(region.index, region.expr, sizes=sizes, strides=strides, inputs=[(value(n).dtype, [value(n).stride(d) for d in kept_dims(n)]) for n in region.inputs])
+
+    def bind(launch):
+        def pointwise_kernel(*inputs):
+            out = torch.empty_strided(sizes, strides)
+            launch([out, *(x if x.stride() == stride else torch.empty_strided(x.shape, stride, dtype=x.dtype).copy_(x) for x, stride in zip(inputs, expected))], (), ())
+            return out
+
+        return pointwise_kernel
+
+    ops = sum(1 for n in region.nodes if n.target not in VIEWS)
+    return Choice("pointwise", f"{ops} ops in one pass over memory", kernel=kernel, bind=bind, inputs=region.inputs)
 
 
 def _generated(op: str, target: str, tensor: torch.Tensor, bind, *args, **kwargs) -> Choice:
