@@ -120,10 +120,10 @@ def follow(softmax: Softmax) -> Forward | None:
             return _escaped(chain, users, softmax) if users else None
         node = users[0]
         if is_call(node, aten.dropout.default) and node.args[2] and node.args[1] != 0:
-            return _reaches(node) and Forward(chain, None, (f"dropout of {node.args[1]} on the attention weights in training", node, "set the attention dropout to 0; it is not supported yet"))
+            return Forward(chain, None, (f"dropout of {node.args[1]} on the attention weights in training", node, "set the attention dropout to 0; it is not supported yet")) if _reaches(node) else None
         passes = node.target in VIEWS or is_call(node, *CASTS, aten.dropout.default)
         if not passes:
-            return _reaches(node) and Forward(chain, None, (f"{op_name(node)} stands between the softmax and v", node, "apply it to the scores or to the output instead"))
+            return Forward(chain, None, (f"{op_name(node)} stands between the softmax and v", node, "apply it to the scores or to the output instead")) if _reaches(node) else None
         chain.append(node)
 
 
