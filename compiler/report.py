@@ -202,5 +202,5 @@ def _grouped(rows, key):
 
 
 def _sources(rows) -> str:
-    places = list(dict.fromkeys(r.source for r in rows if r.source))
+    places = list(dict.fromkeys(" ".join(r.source.split()) for r in rows if r.source))
     return "\n".join(places[:2]) + (f"\n... and {len(places) - 2} more" if len(places) > 2 else "")
