@@ -1,0 +1,152 @@
+"""GPU attention forward against SDPA (cuDNN and flash), FlexAttention and Inductor: `python benchmarks/gpu.py [--name h200]`.
+
+Every case checks numerics first: the error against float64 must not exceed twice that of the fused library kernel (or of eager
+where no library has the variant). Times are medians of triton.testing.do_bench, which empties the L2 cache between runs.
+Results go to benchmarks/results/NAME.json with date, device and versions. Without a GPU the file says so and every figure is null.
+"""
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import typer
+from harness import machine, show, store
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+CONTENDERS = ("tileweld", "cudnn", "flash", "flex", "inductor")
+VARIANTS = ("full", "causal", "window", "softcap", "alibi")
+WINDOW, CAP = 1024, 30.0
+
+
+def slopes(heads: int, device) -> torch.Tensor:
+    """ALiBi's slopes 2^(-8 (h + 1) / H), [H]."""
+    return torch.exp2(-8.0 * torch.arange(1, heads + 1, device=device) / heads)
+
+
+def eager(variant: str, group: int):
+    """The variant spelled out, [B, H, T, D] and K, V of H / group heads: what tileweld and Inductor compile."""
+    def attention(q, k, v):
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        s = q @ k.transpose(-1, -2) * (1.0 / math.sqrt(q.shape[-1]))
+        i, j = torch.arange(q.shape[2], device=q.device)[:, None], torch.arange(k.shape[2], device=q.device)[None, :]
+        if variant == "softcap":
+            s = CAP * torch.tanh(s / CAP)
+        if variant == "alibi":
+            s = s + slopes(q.shape[1], q.device)[:, None, None] * (j - i)
+        if variant != "full":
+            s = s.masked_fill(j > i, float("-inf"))
+        if variant == "window":
+            s = s.masked_fill(i - j >= WINDOW, float("-inf"))
+        return torch.softmax(s.float(), -1).to(q.dtype) @ v
+
+    return attention
+
+
+def flex(variant: str, heads: int, tokens: int):
+    """FlexAttention with its block mask, compiled."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    slope = slopes(heads, "cuda")
+    score = {"softcap": lambda s, b, h, i, j: CAP * torch.tanh(s / CAP), "alibi": lambda s, b, h, i, j: s + slope[h] * (j - i)}.get(variant)
+    mask = {"full": None, "window": lambda b, h, i, j: (j <= i) & (i - j < WINDOW)}.get(variant, lambda b, h, i, j: j <= i)
+    block_mask = create_block_mask(mask, None, None, tokens, tokens, device="cuda") if mask is not None else None
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, score_mod=score, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def library(backend: SDPBackend, variant: str):
+    """SDPA on one backend; only full and causal exist there."""
+    def attention(q, k, v):
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=variant == "causal", enable_gqa=q.shape[1] != k.shape[1])
+
+    return attention if variant in ("full", "causal") else None
+
+
+def flops(variant: str, batch: int, heads: int, tokens: int, width: int) -> float:
+    """Useful floating-point operations: 4 D for every visible pair of positions."""
+    pairs = {"full": tokens * tokens, "window": sum(min(i + 1, WINDOW) for i in range(tokens))}.get(variant, tokens * (tokens + 1) // 2)
+    return 4.0 * batch * heads * width * pairs
+
+
+def measure(variant: str, width: int, tokens: int, heads: int, kv_heads: int) -> dict:
+    """One row: milliseconds and TFLOP/s of every contender, errors against float64."""
+    from triton.testing import do_bench
+
+    batch = max(1, 16384 // tokens)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(batch, n, tokens, width, device="cuda", dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads))
+    spelled = eager(variant, heads // kv_heads)
+    torch._dynamo.reset()
+    calls = {
+        "tileweld": torch.compile(spelled, backend="tileweld", dynamic=False),
+        "cudnn": library(SDPBackend.CUDNN_ATTENTION, variant),
+        "flash": library(SDPBackend.FLASH_ATTENTION, variant),
+        "flex": flex(variant, heads, tokens),
+        "inductor": torch.compile(spelled, dynamic=False) if batch * heads * tokens * tokens * 6 < 60e9 else None,  # its scores must fit
+    }
+    rows = min(tokens, 512)  # float64 reference on the last rows of one batch, which see the most keys
+    reference = float64_rows(variant, q, k, v, rows)
+    row = {"variant": variant, "head dim": width, "tokens": tokens, "heads": f"{heads}/{kv_heads}", "batch": batch}
+    for name, call in calls.items():
+        if call is None:
+            continue
+        try:
+            out = call(q, k, v)[:1, :, -rows:].double()
+            row[f"{name} error"] = ((out - reference).norm() / reference.norm()).item()
+            row[f"{name} ms"] = do_bench(lambda: call(q, k, v), return_mode="median")
+            row[f"{name} TF"] = flops(variant, batch, heads, tokens, width) / row[f"{name} ms"] / 1e9
+        except Exception as error:  # a contender that cannot run the case is reported, not hidden
+            row[f"{name} failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+    peers = [row[f"{n} error"] for n in ("cudnn", "flash", "flex") if f"{n} error" in row]
+    row["numerics"] = "ok" if "tileweld error" in row and row["tileweld error"] <= 2 * max(peers, default=5e-3) else "WRONG"
+    return row
+
+
+def float64_rows(variant, q, k, v, rows):
+    """The last rows of the first batch in float64."""
+    q, k, v = q[:1, :, -rows:].double(), k[:1].double(), v[:1].double()
+    group, tokens = q.shape[1] // k.shape[1], k.shape[2]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    s = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    i, j = torch.arange(tokens - rows, tokens, device=q.device)[:, None], torch.arange(tokens, device=q.device)[None, :]
+    if variant == "softcap":
+        s = CAP * torch.tanh(s / CAP)
+    if variant == "alibi":
+        s = s + slopes(q.shape[1], q.device).double()[:, None, None] * (j - i)
+    if variant != "full":
+        s = s.masked_fill(j > i, float("-inf"))
+    if variant == "window":
+        s = s.masked_fill(i - j >= WINDOW, float("-inf"))
+    return s.softmax(-1) @ v
+
+
+def cases(quick: bool):
+    tokens = (1024, 4096) if quick else (1024, 2048, 4096, 8192, 16384)
+    for width, variant, n in itertools.product((64, 128), VARIANTS, tokens):
+        yield variant, width, n, 16, 16
+    for n in tokens:
+        yield "causal", 128, n, 32, 8
+
+
+def main(name: str = "h200", quick: bool = typer.Option(False, help="two lengths a variant")) -> None:
+    """Measure every case and store benchmarks/results/NAME.json."""
+    described = machine()
+    if not torch.cuda.is_available():
+        rows = [{"variant": variant, "head dim": width, "tokens": n, "heads": f"{heads}/{kv}", **{f"{c} ms": None for c in CONTENDERS}} for variant, width, n, heads, kv in cases(quick)]
+        path = store(f"{name}.json", {"attention_forward": {"measured": False, "note": "no GPU was at hand when this file was written: nothing here has been measured", "date": described["date"], "rows": rows}})
+        typer.echo(f"no GPU on this machine: {path} says so and its columns stay empty")
+        return
+    import triton
+
+    device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "cudnn": torch.backends.cudnn.version(), "date": described["date"]}
+    rows = []
+    for case in cases(quick):
+        rows.append(measure(*case))
+        store(f"{name}.json", {"attention_forward": {"measured": True, **device, "rows": rows}})  # after every case: a cut run keeps what it has
+    show(f"attention forward, bf16, {device['device']}", rows, ["variant", "head dim", "tokens", "heads", "numerics", *[f"{c} TF" for c in CONTENDERS]])
+
+
+if __name__ == "__main__":
+    typer.run(main)
