@@ -128,7 +128,7 @@ def row_source(captures: Captures, score, mask) -> str:
         "template <class Int, bool masks, bool inside>",
         "static void score_keys(const Call& call, float* __restrict scores, int64_t batch, int64_t head, int64_t row, int64_t first_key, int width, float masked) {",
         *_locals([*placement.values, score, mask], "Int", {"b": "batch", "h": "head", "i": "row"}),
-        *_definitions(placement.row, printer, 4),
+        *_definitions(placement.row, captures.printer(), 4),
         "    for (int n = 0; n < width; ++n) {",
         "        const Int j = Int(first_key) + n;",
         "        const float s = scores[n];",
@@ -177,7 +177,7 @@ def _inside_source(placement, captures, checks) -> list[str]:
         return []
     printer = captures.printer()
     return ["// Are the computed indices of the keys [j_lo, j_hi] inside their tensors, so that none counts from the end?",
-            f"INLINE bool indices_inside(const Call& call, int64_t b, int64_t h, int64_t i, int64_t j_lo, int64_t j_hi) {{",
+            "INLINE bool indices_inside(const Call& call, int64_t b, int64_t h, int64_t i, int64_t j_lo, int64_t j_hi) {",
             *_locals([*(e for _, e in placement.row), *(end for _, lo, hi, _ in checks for end in (lo, hi))], "int64_t", {}),
             *_definitions(placement.row, printer, 4),
             f"    return {' & '.join(f'({printer(lo)} >= 0) & ({printer(hi)} < {size})' for _, lo, hi, size in checks)};", "}", ""]
