@@ -3,10 +3,15 @@
 
 constexpr int64_t PARALLEL_FROM = 32768;  // elements; below, waking the threads (5 to 10 us) takes longer than the work
 
+// The upper halves of floats, rounded to nearest even; not for NaN.
+INLINE BitVector rounded_bits(Vector x) {
+    const BitVector bits = bit_cast<BitVector>(x);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
 INLINE void write_vector(float* p, Vector x) { store_vector(p, x); }
 INLINE void write_vector(BFloat16* p, Vector x) {
-    const BitVector bits = bit_cast<BitVector>(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    *reinterpret_cast<ShortVector*>(p) = __builtin_convertvector(x == x ? rounded : BitVector{} + 0x7fc0, ShortVector);
+    *reinterpret_cast<ShortVector*>(p) = __builtin_convertvector(x == x ? rounded_bits(x) : BitVector{} + 0x7fc0, ShortVector);
 }
 INLINE void write_vector(Half* p, Vector x) {
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
@@ -24,6 +29,7 @@ INLINE float rounded(float x) {
 }
 INLINE Vector rounded(Vector x) {
     if constexpr (std::is_same_v<X, float>) return x;
+    if constexpr (std::is_same_v<X, BFloat16>) return x == x ? bit_cast<Vector>(rounded_bits(x) << 16) : x;  // in registers
     X narrow[VL];
     write_vector(narrow, x);
     return load_vector(narrow);
