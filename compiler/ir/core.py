@@ -133,7 +133,7 @@ def _build(graph, core, captures, sizes, arguments):
     nodes = [p.operand.node for p in (*core.q, *core.k, *core.v)]
     sources = sizes_of_nodes(nodes + [core.root])
     dtype = None
-    for node in nodes:
+    for node in [*nodes, core.root]:  # the result is rounded once, to what the model returns
         dtype = value(node).dtype if dtype is None else torch.promote_types(dtype, value(node).dtype)
     q = _assemble(graph, core.q, [sc.B, sc.H, sc.I], roles, sources, dtype, every_head=True)
     k = _assemble(graph, core.k, [sc.B, sc.H, sc.J], roles, sources, dtype, every_head=len(core.k) > 1)

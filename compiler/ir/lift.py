@@ -228,7 +228,7 @@ POINTWISE = {
     aten.eq.Tensor: lambda x, y: sc.relation("==", x, y), aten.eq.Scalar: lambda x, y: sc.relation("==", x, y),
     aten.ne.Tensor: lambda x, y: sc.relation("!=", x, y), aten.ne.Scalar: lambda x, y: sc.relation("!=", x, y),
     aten.__and__.Tensor: _bitwise(And), aten.bitwise_and.Tensor: _bitwise(And), aten.__or__.Tensor: _bitwise(Or), aten.bitwise_or.Tensor: _bitwise(Or),
-    aten.logical_and.default: _logical(And), aten.logical_or.default: _logical(Or), aten.logical_xor.default: _logical(sympy.Xor),
+    aten.logical_and.default: _logical(And), aten.logical_or.default: _logical(Or), aten.logical_xor.default: _logical(lambda x, y: Or(And(x, Not(y)), And(Not(x), y))),
     aten.bitwise_not.default: _not, aten.logical_not.default: lambda x: Not(sc.as_condition(x)),
     aten.where.self: sc.select, aten.where.ScalarOther: sc.select, aten.where.ScalarSelf: sc.select, aten.where.Scalar: sc.select,
     aten.masked_fill.Scalar: lambda x, c, y: sc.select(c, y, x), aten.masked_fill.Tensor: lambda x, c, y: sc.select(c, y, x),

@@ -31,7 +31,7 @@ class floordiv(Function):
         return True
 
     def _eval_is_nonnegative(self):
-        return self.args[0].is_nonnegative and self.args[1].is_positive
+        return True if self.args[0].is_nonnegative and self.args[1].is_positive else None
 
 
 class mod(Function):
@@ -48,7 +48,7 @@ class mod(Function):
         return True
 
     def _eval_is_nonnegative(self):
-        return self.args[1].is_positive
+        return True if self.args[1].is_positive else None
 
 
 class trunc(Function):

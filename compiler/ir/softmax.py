@@ -8,7 +8,7 @@ from sympy import Integer, Symbol
 from torch.fx import Node
 
 from . import scalar as sc
-from .graph import argument, is_call, op_name, shape, source_of
+from .graph import argument, is_call, op_name, shape, source_of, value
 from .index import reindex
 from .rewrite import Refused
 from .views import VIEWS
@@ -121,7 +121,7 @@ def follow(softmax: Softmax) -> Forward | None:
         node = users[0]
         if is_call(node, aten.dropout.default) and node.args[2] and node.args[1] != 0:
             return Forward(chain, None, (f"dropout of {node.args[1]} on the attention weights in training", node, "set the attention dropout to 0; it is not supported yet")) if _reaches(node) else None
-        passes = node.target in VIEWS or is_call(node, *CASTS, aten.dropout.default)
+        passes = node.target in VIEWS or is_call(node, aten.dropout.default) or is_call(node, *CASTS) and value(node).dtype.is_floating_point
         if not passes:
             return Forward(chain, None, (f"{op_name(node)} stands between the softmax and v", node, "apply it to the scores or to the output instead")) if _reaches(node) else None
         chain.append(node)

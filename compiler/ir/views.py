@@ -4,6 +4,7 @@ Used to lift values through views, and to find the tensor behind q, k and v (a k
 """
 from __future__ import annotations
 
+import sympy
 import torch
 from sympy import Integer
 from torch.fx import Node
@@ -77,7 +78,7 @@ def _slice(lift, node, index):
     dim = argument(node, 1, "dim", 0) % len(index)
     first = lift.at(argument(node, 2, "start", 0) or 0)
     if first.is_negative:
-        first = first + shape(node.args[0])[dim]
+        first = sympy.Max(0, first + shape(node.args[0])[dim])  # x[-5:] of three elements starts at 0
     elif not first.is_nonnegative:
         raise Unliftable("a slice whose start has an unknown sign")
     source = list(index)
