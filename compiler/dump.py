@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .ir.graph import source_of, value
-from .lower import choose
+from .lower import choose, put
 from .options import Options
 from .report import Report
 
@@ -194,12 +194,12 @@ def _executable(gm: GraphModule, options: Options) -> str:
 
     lowered = GraphModule(gm, copy.deepcopy(gm.graph))
     for node, choice in choose(lowered, options):
-        name = f"{choice.kernel.language}_{choice.kernel.name}" if choice.kernel is not None else choice.name.replace(":", "_")
+        name = f"{choice.kernel.language}_{choice.kernel.name}" if choice.kernel is not None else choice.name
 
         def stand_in(*args):
             raise NotImplementedError("shown, not run")
 
-        stand_in.__name__ = stand_in.__qualname__ = name
         stand_in.__module__ = "kernels"
-        node.target = stand_in
+        put(lowered, node, choice, stand_in, name)
+    lowered.graph.eliminate_dead_code()
     return lowered.graph.python_code("self").src.strip()

@@ -25,8 +25,6 @@ from .select import SELECTORS, Choice, pointwise
 def lower(gm: GraphModule, options: Options, report: Report, number: int) -> Callable:
     """Replace fused ops and regions by their implementations, build all kernels of the graph at once, and return the graph's forward."""
     choices = choose(gm, options)
-    regions = find_regions(gm) if options.target in ("auto", "cpp") else []
-    choices += [(region.root, pointwise(region)) for region in regions]
     launches = _build({c.kernel.source: c for _, c in choices if c.kernel is not None}, options, report)
     for node, choice in choices:
         function, name, reason = choice.function, choice.name, choice.reason
@@ -39,15 +37,20 @@ def lower(gm: GraphModule, options: Options, report: Report, number: int) -> Cal
             else:
                 function, name = choice.bind(launch), f"{choice.kernel.language}:{choice.kernel.name}"
         if function is not None:
-            function.__name__ = function.__qualname__ = name.replace(":", "_").replace(".", "_")
-            if choice.inputs is not None:
-                _replace(gm, node, function, choice.inputs)
-            else:
-                node.target = function
+            put(gm, node, choice, function, name)
         report.kernels.append(KernelUse(choice.op, name, reason, number))
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm.forward
+
+
+def put(gm: GraphModule, node: Node, choice: Choice, function: Callable, name: str) -> None:
+    """The function in the place of a fused op or of a region's root, under a name that the graph's Python code shows."""
+    function.__name__ = function.__qualname__ = name.replace(":", "_").replace(".", "_")
+    if choice.inputs is not None:
+        _replace(gm, node, function, choice.inputs)
+    else:
+        node.target = function
 
 
 def _replace(gm: GraphModule, root: Node, function: Callable, inputs: list[Node]) -> None:
@@ -59,13 +62,14 @@ def _replace(gm: GraphModule, root: Node, function: Callable, inputs: list[Node]
 
 
 def choose(gm: GraphModule, options: Options) -> list[tuple[Node, Choice]]:
-    """The implementation of every fused op of the graph; builds nothing and changes nothing."""
+    """The implementation of every fused op and region of the graph; builds nothing and changes nothing."""
     choices = []
     for node in gm.graph.nodes:
         selector = SELECTORS.get(node.target) if node.op == "call_function" else None
         if selector is not None:
             choices.append((node, selector(node, target_of(node, options), options)))
-    return choices
+    regions = find_regions(gm) if options.target in ("auto", "cpp") else []
+    return choices + [(region.root, pointwise(region)) for region in regions]
 
 
 def target_of(node: Node, options: Options) -> str:
