@@ -35,7 +35,7 @@ class Choice:
 
 
 def attention(node: Node, target: str, options: Options) -> Choice:
-    """tileweld::attention: a library call where it is at its limit, a generated kernel otherwise, the definition where there is none."""
+    """tileweld::attention: the generated kernel (on CPUs 1.1 to 16x torch's SDPA, benchmarks/kernels_cpu.py); where there is none, torch's SDPA or the definition."""
     q, k, v, captures, sizes, *texts = node.args
     tensors = [value(x) for x in (q, k, v)]
     captured = [value(c) for c in captures]
@@ -47,10 +47,11 @@ def attention(node: Node, target: str, options: Options) -> Choice:
         return Choice("attention", "float64 has no kernel")
     if not (isinstance(width, int) and isinstance(value_width, int)):
         return Choice("attention", "the head dim is symbolic")
-    if target == "cpp" and (function := _library(variant, dtype)) is not None:
-        return Choice("attention", "plain or causal scores: the library kernel is at the limit of the CPU", "aten:scaled_dot_product_attention", function)
-    return _generated("attention", target, tensors[0], _bind_attention, variant, q_dtype=dtype, capture_dtypes=[c.dtype for c in captured], capture_ranks=[c.dim() for c in captured],
-                      head_dim=width, value_dim=value_width, num_sizes=len(sizes))
+    choice = _generated("attention", target, tensors[0], _bind_attention, variant, q_dtype=dtype, capture_dtypes=[c.dtype for c in captured], capture_ranks=[c.dim() for c in captured],
+                        head_dim=width, value_dim=value_width, num_sizes=len(sizes))
+    if choice.kernel is None and (function := _library(variant)) is not None:
+        return Choice("attention", choice.reason, "aten:scaled_dot_product_attention", function)
+    return choice
 
 
 def rms_norm(node: Node, target: str, options: Options) -> Choice:
@@ -110,9 +111,9 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _library(variant: Variant, dtype: torch.dtype) -> Callable | None:
+def _library(variant: Variant) -> Callable | None:
     """torch's own SDPA for a scaled score, no mask or the causal one, and rows that always see a key."""
-    if variant.linear_scale is None or variant.sink or variant.mask not in ("True", "j <= i") or variant.fill != float("-inf") or dtype != torch.float32:
+    if variant.linear_scale is None or variant.sink or variant.mask not in ("True", "j <= i") or variant.fill != float("-inf"):
         return None
     causal, scale = variant.is_causal, variant.linear_scale
 

@@ -13,8 +13,7 @@ import sympy
 from sympy import Integer
 from sympy.core.relational import Relational
 
-from ...compiler.ir import scalar as sc
-from ...compiler.ir.interval import drop_proved, interval, nonnegative
+from ...compiler.ir.interval import tighten
 from ...compiler.ir.kernel import Kernel
 from ...compiler.ir.printer import text
 from .printer import CppPrinter
@@ -78,21 +77,3 @@ def _pieces(expr, x, n) -> list[tuple[int, int]]:
         return [(0, n)]
     ordered = sorted(cuts)
     return list(zip(ordered, ordered[1:]))
-
-
-def tighten(e, ranges):
-    """e with the conditions, minima and maxima decided that the ranges decide."""
-    if not e.args or isinstance(e, sympy.Symbol):
-        return e
-    if sc.is_bool(e):
-        return drop_proved(e, ranges)
-    if isinstance(e, sc.where):
-        condition, x, y = e.args
-        return sc.select(tighten(condition, ranges), tighten(x, ranges), tighten(y, ranges))
-    e = e.func(*(tighten(a, ranges) for a in e.args))
-    if isinstance(e, (sympy.Max, sympy.Min)):
-        sign = 1 if isinstance(e, sympy.Max) else -1
-        for a in e.args:
-            if all(a is b or ((gap := interval(sign * (a - b), ranges)) and nonnegative(gap[0])) for b in e.args):
-                return a
-    return e

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from . import attention as _attention_op  # noqa: F401 (registers the op that is built here)
 from . import scalar as sc
 from .graph import insert, shape, value
-from .interval import drop_proved
+from .interval import drop_proved, tighten
 from .layout import Operand, arrange, layout, size_node, sizes_of_nodes, with_groups
 from .masking import ABSORBING, has_witness, moderate, renormalised
 from .printer import text
@@ -76,7 +76,7 @@ def finish(core: Core, source: Node) -> Match:
     texts, tables = [], []
     for e in (core.score, mask, core.sink):
         if e is not None:
-            e, found = tabulate(e, ranges, taken=len(tables))
+            e, found = tabulate(tighten(e, ranges), ranges, taken=len(tables))
             tables += found
         texts.append(e)
     names, captures, sizes = _names(texts, core, tables)

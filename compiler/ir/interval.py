@@ -152,3 +152,21 @@ def drop_proved(condition, ranges):
         if ends and nonnegative(-ends[1] - 1):
             return sympy.false
     return condition
+
+
+def tighten(e, ranges):
+    """e with the conditions, minima and maxima decided that the ranges decide."""
+    if not e.args or isinstance(e, sympy.Symbol):
+        return e
+    if sc.is_bool(e):
+        return drop_proved(e, ranges)
+    if isinstance(e, sc.where):
+        condition, x, y = e.args
+        return sc.select(tighten(condition, ranges), tighten(x, ranges), tighten(y, ranges))
+    e = e.func(*(tighten(a, ranges) for a in e.args))
+    if isinstance(e, (sympy.Max, sympy.Min)):
+        sign = 1 if isinstance(e, sympy.Max) else -1
+        for a in e.args:
+            if all(a is b or ((gap := interval(sign * (a - b), ranges)) and nonnegative(gap[0])) for b in e.args):
+                return a
+    return e

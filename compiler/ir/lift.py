@@ -99,6 +99,8 @@ class Lift:
         raise Unliftable(f"the scalar {node}")
 
     def _lift(self, node, index):
+        if node.op == "get_attr":
+            return self._constant(node)
         if node.op != "call_function":
             raise Unliftable
         if node.target in POINTWISE:
@@ -108,6 +110,13 @@ class Lift:
         if row is None:
             raise Unliftable
         return row(self, node, index)
+
+    def _constant(self, node):
+        """A number that the model wrote as a tensor, torch.tensor(-1e9): it is known now."""
+        known = getattr(node.graph.owning_module, node.target, None)
+        if type(known) is not torch.Tensor or known.dim() != 0 or known.is_complex():
+            raise Unliftable
+        return self.scalar(known.item())
 
     def broadcast(self, x, index):
         """x at an index of the tensor it broadcasts to."""

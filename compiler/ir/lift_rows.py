@@ -164,6 +164,33 @@ def _cumsum(lift, node, index):
     return x * (index[dim] + 1)
 
 
+@row(aten.select_scatter.default)
+def _select_scatter(lift, node, index):
+    """x with src at one position of dim: what ``x[:, k] = src`` is once nothing is written in place."""
+    x, src = node.args[:2]
+    dim = argument(node, 2, "dim") % len(index)
+    position = lift.at(argument(node, 3, "index"))
+    position = position + shape(node)[dim] if position.is_negative else position
+    if not position.is_nonnegative:
+        raise Unliftable("a position of unknown sign")
+    return sc.select(sc.relation("==", index[dim], position), lift.at(src, [*index[:dim], *index[dim + 1:]]), lift.at(x, index))
+
+
+@row(aten.slice_scatter.default)
+def _slice_scatter(lift, node, index):
+    """x with src in a slice of dim: what ``x[a:b] = src`` is."""
+    x, src = node.args[:2]
+    dim = argument(node, 2, "dim", 0) % len(index)
+    start, step = lift.at(argument(node, 3, "start") or 0), argument(node, 5, "step", 1)
+    start = start + shape(node)[dim] if start.is_negative else start
+    if not start.is_nonnegative or step != 1:
+        raise Unliftable("a strided slice, or one whose start has an unknown sign")
+    length = shape(src)[dim]
+    inside = And(sc.relation(">=", index[dim], start), sc.relation("<", index[dim], start + length))
+    value_ = lift.at(src, [*index[:dim], clamp_index(index[dim] - start, length, lift.ranges), *index[dim + 1:]])
+    return sc.select(inside, value_, lift.at(x, index))
+
+
 # ---------------------------------------------------------------- gathers
 
 
