@@ -22,7 +22,7 @@ from sympy import Integer, Symbol
 from torch.fx import Graph, Node
 
 from ..compiler.ir import scalar as sc
-from ..compiler.ir.contraction import dot_product, times
+from ..compiler.ir.contraction import dot_product, hidden_product, is_parameter, times
 from ..compiler.ir.core import Core, Part, finish
 from ..compiler.ir.graph import argument, is_call, op_name, shape, source_of, value
 from ..compiler.ir.layout import look_behind
@@ -73,8 +73,15 @@ def _core(softmax: Softmax, forward: Forward, i_dim) -> Core:
     roles = Roles(dims, i_dim, softmax.dim, heads_behind(softmax, forward))
     lift = Lift(roles.ranges)
     e = lift.at(scores, roles.index)
-    e, q, k, dots = dot_product(lift, e, roles, scores)
+    try:
+        e, q, k, dots = dot_product(lift, e, roles, scores)
+    except NotThePattern:
+        if forward.problem is None and (node := hidden_product(lift, e)) is not None:
+            raise Refused(f"{op_name(node)} between the product of q and k and the softmax has no scalar expression", node) from None
+        raise
     if forward.problem:
+        if all(is_parameter(part.operand.node) for part in k):  # a router: softmax(x @ weight), and then whatever it likes
+            raise NotThePattern
         raise Refused(*forward.problem)
     inside = lift.path({dot.symbol for dot in dots}) | set(softmax.inner) | set(forward.chain) | set(sink_node.between if sink_node else ())
     _nothing_escapes(inside, forward.contraction)

@@ -2,15 +2,21 @@
 from __future__ import annotations
 
 import sympy
+import torch
 from sympy import Integer
+from torch.fx import Node
 
 from . import scalar as sc
 from .core import Part
-from .graph import shape
+from .graph import is_call, is_tensor, shape, value
 from .layout import look_behind
 from .lift import Dot
 from .masking import rebuilt
 from .rewrite import NotThePattern, Refused
+from .views import VIEWS
+
+aten = torch.ops.aten
+PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.einsum.default)
 
 
 def dot_product(lift, e, roles, scores):
@@ -37,6 +43,29 @@ def dot_product(lift, e, roles, scores):
         (dot, q, k), = operands
         return rebuilt(e, {dot.symbol: times(q.factor, k.factor)}), [Part(q, dot.d, dot.length)], [Part(k, dot.d, dot.length)], [dot]
     return _joined(e, operands, scores)
+
+
+def hidden_product(lift, e) -> Node | None:
+    """The node that keeps a product of two activations from being lifted, where a capture of e is computed from one of the same shape."""
+    for node, symbol in lift.captures.items():
+        current, sizes = node, shape(node)
+        while symbol in e.free_symbols and current.op == "call_function" and shape(current) == sizes:
+            sources = [a for a in current.all_input_nodes if is_tensor(a)]
+            if is_call(current, *PRODUCTS):
+                if not any(map(is_parameter, sources)):
+                    return node
+                break
+            current = next((a for a in sources if shape(a) == sizes), None)
+            if current is None:
+                break
+    return None
+
+
+def is_parameter(node) -> bool:
+    """A weight of the model, through views and casts: what a router multiplies with, and no key."""
+    while node.op == "call_function" and node.all_input_nodes and (node.target in VIEWS or is_call(node, aten.to.dtype)):
+        node = node.all_input_nodes[0]
+    return node.op in ("placeholder", "get_attr") and isinstance(value(node), torch.nn.Parameter)
 
 
 def times(*factors):

@@ -215,7 +215,7 @@ def _unary(name):
 
 
 def _power(x, y):
-    if not sc.is_const(y) or (sc.is_int(x) and y != 2):
+    if not sc.is_const(y) or (sc.is_int(x) and y.is_Integer and y != 2):  # int ** int is an int
         if sc.is_const(x) and float(x) > 0:  # 2 ** (-(h + 1) / 2), ALiBi's slopes
             return sc.unary("exp2", sc.mul(sc.number(math.log2(float(x))), y))
         raise Unliftable("a power with a varying exponent")
