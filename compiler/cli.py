@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 import warnings
 from enum import Enum
@@ -129,7 +130,26 @@ def _trace(target, dynamic, train, option, attn, dtype, batch, length, given=Non
         made = targets.cast(targets.parse_target(target, attn=attn, batch=batch, length=length), dtype)
         if train and hasattr(made.call, "train"):
             made.call.train()
-        return trace(made.call, made.args, made.kwargs, dynamic=dynamic or None, options=given, train=train, grad=train), checked
+        try:
+            return trace(made.call, made.args, made.kwargs, dynamic=dynamic or None, options=given, train=train, grad=train), checked
+        except Exception as error:
+            if not isinstance(_root(error), TileweldError):
+                _blame(made)
+            raise
+
+
+def _blame(made) -> None:
+    """Raise TargetError if the target fails in eager PyTorch as well: then its message, not Dynamo's, is the one to read."""
+    import torch
+
+    from .targets import TargetError
+
+    try:
+        with torch.no_grad():
+            made.call(*made.args, **made.kwargs)
+    except Exception as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise TargetError(f"the target itself fails in eager PyTorch: {type(error).__name__}: {first}", where=_user_line(error), cure="make it run with its example inputs") from error
 
 
 def _parse_options(pairs) -> dict:
@@ -233,8 +253,11 @@ def _debugging() -> bool:
 
 @contextlib.contextmanager
 def _errors():
-    """Any failure becomes one line on stderr: exit code 1 for a refusal under strict, 2 for the rest."""
+    """Any failure becomes one line on stderr: exit code 1 for a refusal under strict, 2 for the rest. torch's own logging is silent."""
+    silenced = logging.root.manager.disable
     try:
+        if not _debugging():
+            logging.disable(logging.ERROR)  # Dynamo logs the traceback of what it raises
         yield
     except (typer.Exit, typer.Abort):
         raise
@@ -249,6 +272,8 @@ def _errors():
         cause = _root(error)
         typer.secho(_one_line(cause), fg="red", err=True)
         raise typer.Exit(1 if isinstance(cause, RefusalError) else 2) from None
+    finally:
+        logging.disable(silenced)
 
 
 def _root(error: BaseException) -> BaseException:
@@ -271,7 +296,7 @@ def _user_line(error: BaseException) -> str | None:
     own = str(Path(__file__).resolve().parent)
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename
-        if not file.startswith((own, "<")) and "/torch/" not in file and "/typer/" not in file and "/click/" not in file and not file.endswith("contextlib.py"):
+        if not file.startswith((own, "<")) and not file.endswith("contextlib.py") and not any(f"/{package}/" in file for package in ("torch", "typer", "click")):
             found = f"{'/'.join(Path(file).parts[-2:])}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
     return found

@@ -13,6 +13,7 @@ Legality, each with a test that must be refused:
 """
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -47,7 +48,8 @@ def find(graph: Graph) -> Iterator[Match | Refusal]:
             elif (softmax := softmax_at(node)) is not None:
                 yield _match(softmax)
         except Refused as refused:
-            yield refused.refusal
+            at_output = refused.refusal.node.op == "output"  # which has no line of the user's: the softmax has
+            yield dataclasses.replace(refused.refusal, node=node) if at_output else refused.refusal
         except NotThePattern:
             continue
 
@@ -79,6 +81,10 @@ def _core(softmax: Softmax, forward: Forward, i_dim) -> Core:
         if forward.problem is None and (node := hidden_product(lift, e)) is not None:
             raise Refused(f"{op_name(node)} between the product of q and k and the softmax has no scalar expression", node) from None
         raise
+    except Refused:
+        if forward.problem:  # no product with v is near
+            raise NotThePattern from None
+        raise
     if forward.problem:
         if all(is_parameter(part.operand.node) for part in k):  # a router: softmax(x @ weight), and then whatever it likes
             raise NotThePattern
@@ -97,7 +103,7 @@ def _nothing_escapes(inside: set[Node], contraction: Node) -> None:
         for user in node.users:
             if user not in inside and user is not contraction and not is_call(user, aten.sym_size.int):
                 where = f" ({source_of(user)})" if source_of(user) else ""
-                raise Refused(f"the attention scores are also used outside the core, by {op_name(user)}{where}", user, "do not return or reuse the scores")
+                raise Refused(f"the attention scores are also used outside the core, by {op_name(user)}{where}", user if user.op != "output" else node, "do not return or reuse the scores")
 
 
 # ---------------------------------------------------------------- the contraction with v
