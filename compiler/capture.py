@@ -35,6 +35,8 @@ def capture(gm: GraphModule, example_inputs) -> GraphModule:
     mode, fakes = fake_inputs(example_inputs)
     with mode, enable_python_dispatcher(), torch.fx.traceback.preserve_node_meta():
         captured = make_fx(torch.fx.Interpreter(gm).run, pre_dispatch=True)(*fakes)
+    for node, example in zip(captured.graph.find_nodes(op="placeholder"), example_inputs):
+        node.meta["is_weight"] = isinstance(example, torch.nn.Parameter)
     captured.graph.eliminate_dead_code()
     captured.recompile()
     log.get("capture").debug("captured %d nodes", len(captured.graph.nodes))

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from . import scalar as sc
 from .core import Part
-from .graph import is_call, is_tensor, shape, value
+from .graph import is_call, is_tensor, shape
 from .layout import look_behind
 from .lift import Dot
 from .masking import rebuilt
@@ -29,6 +29,9 @@ def dot_product(lift, e, roles, scores):
     for dot, _ in dense:
         e = e.xreplace({dot.symbol: lift.capture(dot.node, dot.index)})
     if not usable:
+        for dot, _ in dense:
+            if not any(map(is_parameter, (dot.lhs, dot.rhs))):
+                raise Refused("the dim of the softmax is no position of k: it is not a dim of one operand of the product alone", scores, "take the softmax over the key positions")
         raise NotThePattern
     operands = []
     for dot, ((q_node, q_index), (k_node, k_index)) in usable:
@@ -65,7 +68,7 @@ def is_parameter(node) -> bool:
     """A weight of the model, through views and casts: what a router multiplies with, and no key."""
     while node.op == "call_function" and node.all_input_nodes and (node.target in VIEWS or is_call(node, aten.to.dtype)):
         node = node.all_input_nodes[0]
-    return node.op in ("placeholder", "get_attr") and isinstance(value(node), torch.nn.Parameter)
+    return node.meta.get("is_weight", False)
 
 
 def times(*factors):

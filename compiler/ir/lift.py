@@ -122,7 +122,7 @@ class Lift:
         """x at an index of the tensor it broadcasts to."""
         if not is_tensor(x):
             return self.at(x)
-        return self.at(x, broadcast_index(x, index))
+        return self.at(x, broadcast_index(x, index, self.ranges))
 
     def capture(self, node, index):
         """The element as data: sizes of one are dropped, so that [B, 1, 1, T] reads c0[b, j]."""
@@ -168,7 +168,7 @@ class Lift:
         return e
 
 
-_KEEP_WEIGHTS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.to.dtype, aten.mul.Tensor, aten.sigmoid.default, aten.tanh.default)
+_KEEP_WEIGHTS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.to.dtype, aten.mul.Tensor, aten.sigmoid.default, aten.tanh.default, aten.pow.Tensor_Tensor, aten.cat.default)
 
 
 _SUMS = (aten.linear.default, aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.addmm.default, aten.einsum.default)
@@ -179,7 +179,9 @@ def _is_weight(node) -> bool:
     if node.target in _SUMS:
         return True
     if node.op in ("placeholder", "get_attr"):
-        return isinstance(value(node), torch.nn.Parameter)
+        return node.meta.get("is_weight", False)  # set by capture
+    if node.target in (aten.full.default, aten.scalar_tensor.default):
+        return all(abs(x) < 1e20 for x in node.args if isinstance(x, (int, float)))
     sources = [a for a in node.all_input_nodes if is_tensor(a) and value(a).dtype.is_floating_point]
     return bool(sources) and (node.target in VIEWS or node.target in _KEEP_WEIGHTS) and all(map(_is_weight, sources))
 
@@ -215,11 +217,11 @@ def _unary(name):
 
 
 def _power(x, y):
-    if not sc.is_const(y) or (sc.is_int(x) and y.is_Integer and y != 2):  # int ** int is an int
-        if sc.is_const(x) and float(x) > 0:  # 2 ** (-(h + 1) / 2), ALiBi's slopes
-            return sc.unary("exp2", sc.mul(sc.number(math.log2(float(x))), y))
-        raise Unliftable("a power with a varying exponent")
-    return sc.power(x, y)
+    if sc.is_const(y) and not (sc.is_int(x) and y.is_Integer and y != 2):  # int ** int is an int
+        return sc.power(x, y)
+    if sc.is_const(x) and float(x) > 0 and math.frexp(float(x))[0] == 0.5:  # ALiBi's slopes, 2**y or 0.25**y: exact
+        return sc.unary("exp2", sc.mul(sc.number(math.log2(float(x))), y))
+    raise Unliftable("a power with a varying exponent: exp2(log2(x)*y) loses digits, 3e-3 of an angle for rotary's 10000**y at position 4096")
 
 
 POINTWISE = {

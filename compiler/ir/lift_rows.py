@@ -311,6 +311,7 @@ def _einsum(lift, node, index):
     names = {**dict(zip(output, index)), reduced[0]: lift.reduction_index(length)}
 
     def of(letters, operand):
-        return [Integer(0) if n == 1 else names[letter] for letter, n in zip(letters, shape(operand))]
+        single = [e for e in names.values() if e in lift.ranges and lift.ranges[e][1] == 0]
+        return [Integer(0) if n == 1 and names[letter] not in single else names[letter] for letter, n in zip(letters, shape(operand))]
 
     return lift.dot(node, index, operands[0], of(lhs, operands[0]), operands[1], of(rhs, operands[1]), names[reduced[0]], length)

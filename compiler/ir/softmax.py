@@ -114,7 +114,7 @@ def follow(softmax: Softmax) -> Forward | None:
             problem = None
             if others:
                 where = f" ({source_of(others[0])})" if source_of(others[0]) else ""
-                problem = (f"the attention weights are also used outside the core, by {op_name(others[0])}{where}", others[0], "do not return or reuse the weights (output_attentions=False)")
+                problem = (f"the attention weights are also used outside the core, by {op_name(others[0])}{where}", others[0] if others[0].op != "output" else softmax.node, "do not return or reuse the weights (output_attentions=False)")
             return Forward(chain, contracting[0], problem)
         if len(users) != 1:
             return _escaped(chain, users, softmax) if users else None

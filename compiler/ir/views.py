@@ -29,16 +29,17 @@ def view(*targets):
     return register
 
 
-def broadcast_index(source: Node, index) -> list:
-    """The index of a tensor that broadcasts to where ``index`` points."""
+def broadcast_index(source: Node, index, ranges=()) -> list:
+    """The index of a tensor that broadcasts to where ``index`` points. A symbol of ``ranges`` that can only be 0 stays: it tells a single key's dim."""
     sizes = shape(source)
     offset = len(index) - len(sizes)
-    return [Integer(0) if n == 1 else index[offset + k] for k, n in enumerate(sizes)]
+    single = [e for e in index if e in ranges and ranges[e][1] == 0]
+    return [Integer(0) if n == 1 and index[offset + k] not in single else index[offset + k] for k, n in enumerate(sizes)]
 
 
 @view(aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default, aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.expand.default, aten.expand_as.default)
 def _broadcast(lift, node, index):
-    return node.args[0], broadcast_index(node.args[0], index)
+    return node.args[0], broadcast_index(node.args[0], index, lift.ranges)
 
 
 @view(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)

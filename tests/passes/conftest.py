@@ -8,7 +8,7 @@ from tileweld.compiler.report import Report
 
 
 def copies(inputs):
-    return [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+    return [x.clone() if isinstance(x, torch.Tensor) and not isinstance(x, torch.nn.Parameter) else x for x in inputs]
 
 
 def assert_same(eager, ours, tolerance):

@@ -338,7 +338,7 @@ def test_library_attention_gives_zeros_where_a_row_sees_nothing(kind, compare):
 
 # ---------------------------------------------------------------- shapes
 
-SHAPES = [(1, 4, 1, 9, 4, 4), (2, 1, 5, 7, 4, 8), (1, 1, 5, 5, 4, 4), (2, 3, 4, 4, 1, 1), (2, 3, 4, 5, 4, 1), (3, 2, 1, 2, 16, 5)]
+SHAPES = [(1, 4, 1, 9, 4, 4), (2, 1, 5, 7, 4, 8), (1, 1, 5, 5, 4, 4), (2, 3, 4, 4, 1, 1), (2, 3, 4, 5, 4, 1), (3, 2, 1, 2, 16, 5), (1, 1, 1, 1, 4, 4), (2, 4, 5, 1, 8, 3)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -349,8 +349,8 @@ def test_sizes_of_one(shape, compare):
     compare(lambda q, k, v: torch.einsum("bhij,bhjd->bihd", torch.softmax(torch.einsum("bhid,bhjd->bhij", q, k), -1), v), *inputs, fused=1)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 4, 4), (0, 3, 4, 4, 4, 4), (2, 3, 0, 4, 4, 4), (2, 2, 3, 0, 4, 4)], ids=str)
-def test_empty_and_single(shape, compare):
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4, 4, 4), (2, 3, 0, 4, 4, 4), (2, 2, 3, 0, 4, 4)], ids=str)
+def test_empty(shape, compare):
     b, h, rows, keys, d, dv = shape
     compare(lambda q, k, v: attend(q @ k.mT, v), torch.randn(b, h, rows, d), torch.randn(b, h, keys, d), torch.randn(b, h, keys, dv))
 
