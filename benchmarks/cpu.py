@@ -40,7 +40,7 @@ def window_softcap(tokens: int = 4096):
 
     torch.manual_seed(0)
     model = gemma2.build(vocab=1024, hidden=512, layers=4, heads=8, kv_heads=8, head_dim=64, intermediate=1024, window=256, query_scalar=64.0)
-    for layer in model.layers:  # the reference alternates; here every layer has the window
+    for layer in model.blocks:  # the reference alternates; here every layer has the window
         layer.attn.window = 256
     return model, torch.randint(0, 1024, (1, tokens))
 

@@ -43,9 +43,19 @@ class Region:
 
 def find_regions(gm: GraphModule) -> list[Region]:
     """The regions of a graph that save at least one pass over memory, in graph order."""
+    outside: set[Node] = set()
+    while True:  # a node that turns out to have no expression leaves its region, which is then formed again without it
+        regions, refused = _partition(gm, outside)
+        if not refused:
+            order = {node: k for k, node in enumerate(gm.graph.nodes)}
+            return sorted(regions, key=lambda r: order[r.root])
+        outside |= refused
+
+
+def _partition(gm: GraphModule, outside: set[Node]) -> tuple[list[Region], set[Node]]:
     root_of: dict[Node, Node] = {}
     for node in reversed(gm.graph.nodes):
-        if not _joins(node):
+        if node in outside or not _joins(node):
             continue
         roots = {root_of.get(user) for user in node.users}
         if len(roots) == 1 and None not in roots:
@@ -55,9 +65,15 @@ def find_regions(gm: GraphModule) -> list[Region]:
     members: dict[Node, set[Node]] = {}
     for node, root in root_of.items():
         members.setdefault(root, set()).add(node)
-    regions = [_region(root, nodes) for root, nodes in members.items() if sum(map(_computes, nodes)) >= 2]
-    order = {node: k for k, node in enumerate(gm.graph.nodes)}
-    return sorted((r for r in regions if r is not None), key=lambda r: order[r.root])
+    regions, refused = [], set()
+    for root, nodes in members.items():
+        if sum(map(_computes, nodes)) >= 2:
+            region = _region(root, nodes)
+            if isinstance(region, set):
+                refused |= region
+            else:
+                regions.append(region)
+    return regions, refused
 
 
 def _joins(node: Node) -> bool:
@@ -99,18 +115,21 @@ class _Inside(Lift):
         return super()._lift(node, index)
 
 
-def _region(root: Node, nodes: set[Node]) -> Region | None:
+def _region(root: Node, nodes: set[Node]) -> Region | set[Node]:
+    """The region of these nodes, or those of them that cannot be part of one."""
     index = [Symbol(f"x{k}", integer=True, nonnegative=True) for k in range(len(shape(root)))]
     lift = _Inside({x: (Integer(0), n - 1) for x, n in zip(index, shape(root))}, nodes)
     try:
         expr = lift.at(root, [Integer(0) if n == 1 else x for x, n in zip(index, shape(root))])
     except Unliftable:
-        return None
+        return {root}
+    if inner := nodes & lift.captures.keys():
+        return inner
     inputs = [node for node, symbol in lift.captures.items() if any(e.args[0] == symbol for e in sc.loads(expr))]
     if any(value(n).dtype not in READABLE or not all(isinstance(s, int) for s in (*value(n).shape, *value(n).stride())) for n in inputs):
-        return None
+        return {root}
     if sc.is_bool(expr) or _size(expr) > MAX_OPS or lift.dots or expr.free_symbols - set(index) - set(lift.captures.values()):
-        return None
+        return {root}
     names = {lift.captures[n]: sc.capture_symbol(k, not value(n).dtype.is_floating_point) for k, n in enumerate(inputs)}
     return Region(root, index, expr.xreplace(names), inputs, nodes)
 

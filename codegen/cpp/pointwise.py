@@ -44,8 +44,7 @@ def emit(index, expr, *, sizes: Sequence[int], strides: Sequence[int], inputs: S
         body.append(f"        const int64_t {index[d]} = rest % {sizes[d]}; rest /= {sizes[d]};")
     base = " + ".join(f"{index[d]} * {strides[d]}" for d in outer) or "0"
     body.append(f"        float* __restrict target = out + {base};")
-    for low, high in _pieces(expr, index[inner], sizes[inner]):
-        piece = tighten(expr, {**ranges, index[inner]: (Integer(low), Integer(high - 1))})
+    for low, high, piece in _pieces(expr, index[inner], 0, sizes[inner], ranges):
         body += ["        #pragma omp simd", f"        for (int64_t {index[inner]} = {low}; {index[inner]} < {high}; ++{index[inner]})",
                  f"            target[{index[inner]} * {strides[inner]}] = {printer.real(piece)};"]
     body += ["    }"]
@@ -63,17 +62,25 @@ def _load(printer, k, at, strides):
     return f"c{k}[{' + '.join(terms) or '0'}]"
 
 
-def _pieces(expr, x, n) -> list[tuple[int, int]]:
-    """Stretches of the innermost index on which no condition on it alone changes."""
-    cuts = {0, n}
-    for relation in expr.atoms(Relational):
-        if relation.free_symbols == {x}:
-            for edge in sympy.solve(relation.lhs - relation.rhs, x):
-                whole = int(sympy.floor(edge))
-                strict = relation.rel_op in ("<", ">=") and edge == whole  # x < 8 changes at 8, x <= 7 too
-                cuts |= {whole} if strict else {whole + 1} if relation.rel_op in ("<", "<=", ">", ">=") else {whole, whole + 1}
-    cuts = {c for c in cuts if 0 <= c <= n}
-    if len(cuts) > 9:
-        return [(0, n)]
-    ordered = sorted(cuts)
-    return list(zip(ordered, ordered[1:]))
+def _pieces(expr, x, low: int, high: int, ranges: dict) -> list[tuple[int, int, sympy.Expr]]:
+    """Stretches of the innermost index on which no condition on it alone changes, each with the expression as it is there."""
+    expr = tighten(expr, {**ranges, x: (Integer(low), Integer(high - 1))})
+    cuts = sorted(c for relation in expr.atoms(Relational) if relation.free_symbols == {x} for c in _edges(relation, x) if low < c < high)
+    if not cuts:
+        return [(low, high, expr)]
+    middle = cuts[len(cuts) // 2]  # deciding one condition may decide or uncover others: nested cats
+    return _pieces(expr, x, low, middle, ranges) + _pieces(expr, x, middle, high, ranges)
+
+
+def _edges(relation, x) -> set[int]:
+    """Where a linear condition on x changes; none where it is not linear (a clamp, a division), which stays a select in the loop."""
+    slope = sympy.expand(relation.lhs - relation.rhs).coeff(x)
+    rest = sympy.expand(relation.lhs - relation.rhs - slope * x)
+    if not slope.is_Integer or slope == 0 or not rest.is_Integer:
+        return set()
+    edge = -rest / slope
+    whole = int(sympy.floor(edge))
+    if relation.rel_op in ("==", "!="):
+        return {whole, whole + 1} if edge == whole else set()
+    before = relation.rel_op in ("<", ">=") if slope > 0 else relation.rel_op in ("<=", ">")  # x < 8 changes at 8, x <= 7 too
+    return {whole} if before and edge == whole else {whole + 1}

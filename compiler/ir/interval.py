@@ -144,14 +144,17 @@ def drop_proved(condition, ranges):
         return condition.func(*(drop_proved(x, ranges) for x in condition.args))
     if isinstance(condition, Not):
         return Not(drop_proved(condition.args[0], ranges))
-    if isinstance(condition, Relational) and condition.rel_op in ("<", "<=", ">", ">="):
-        gap = {"<": lambda x, y: y - x - 1, "<=": lambda x, y: y - x, ">": lambda x, y: x - y - 1, ">=": lambda x, y: x - y}[condition.rel_op](*condition.args)
-        ends = interval(gap, ranges)
-        if ends and nonnegative(ends[0]):
-            return sympy.true
-        if ends and nonnegative(-ends[1] - 1):
-            return sympy.false
-    return condition
+    if not isinstance(condition, Relational):
+        return condition
+    x, y = condition.args
+    ends = interval(y - x, ranges)
+    if ends is None:
+        return condition
+    low, high = ends  # of y - x
+    positive, negative, zero = nonnegative(low - 1), nonnegative(-high - 1), nonnegative(low) and nonnegative(-high)
+    proved = {"<": (positive, nonnegative(-high)), "<=": (nonnegative(low), negative), ">": (negative, nonnegative(low)), ">=": (nonnegative(-high), positive),
+              "==": (zero, positive or negative), "!=": (positive or negative, zero)}[condition.rel_op]
+    return sympy.true if proved[0] else sympy.false if proved[1] else condition
 
 
 def tighten(e, ranges):

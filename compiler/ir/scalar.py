@@ -157,21 +157,26 @@ def mul(x, y):
         return y
     if (moved := _through_where(mul, x, y)) is not None:
         return moved
-    if is_const(x) and isinstance(y, fmul) and is_const(y.args[0]):  # c1*(c2*x) -> (c1*c2)*x
+    if is_const(x) and isinstance(y, fmul) and is_const(y.args[0]) and _is_score(y):  # c1*(c2*s) -> (c1*c2)*s
         return mul(mul(x, y.args[0]), y.args[1])
     return fmul(x, y)
 
 
 def div(x, y):
-    """x / y in floats; a division by a constant becomes a product (one rounding, at most 1 ulp away)."""
+    """x / y in floats. A division by a power of two is a product, exactly; one of a score by any constant too, at most 1 ulp away."""
     x, y = _as_value(x), _as_value(y)
     if is_const(x) and is_const(y) and (folded := _fold(operator.truediv, x, y)) is not None:
         return folded
-    if is_const(y) and not equals(y, 0) and y not in (sympy.oo, -sympy.oo, sympy.nan):
+    if is_const(y) and not equals(y, 0) and y not in (sympy.oo, -sympy.oo, sympy.nan) and (_is_score(x) or abs(math.frexp(float(y))[0]) == 0.5):
         return mul(number(1.0 / float(value_of(y))), x)
     if (moved := _through_where(div, x, y)) is not None:
         return moved
     return fdiv(x, y)
+
+
+def _is_score(e) -> bool:
+    """Does e depend on a dot product? Its rounding is that of a sum in any order; a position's is not (rotary multiplies it by thousands)."""
+    return any(symbol.is_real and not symbol.is_integer for symbol in e.free_symbols)
 
 
 def neg(x):

@@ -108,12 +108,17 @@ def test_equal_layers_share_a_kernel():
     assert len({k.implementation for k in kernels}) <= 2
 
 
-def test_pieces_of_the_innermost_loop():
+@pytest.mark.parametrize("condition, cuts", [("j < 8", [8]), ("j <= 7", [8]), ("j > 7", [8]), ("j >= 8", [8]), ("j == 3", [3, 4]), ("j != 0", [1]), ("2*j < 9", [5]), ("5 - j < 2", [4]), ("5 - j <= 2", [3]), ("j < 99", []), ("mod(j, 3) < 2", [])])
+def test_pieces_of_the_innermost_loop(condition, cuts):
+    """Cut where the condition changes, and nowhere else; checked against the condition itself."""
     x = Symbol("j", integer=True, nonnegative=True)
-    assert _pieces(parse("where(j < 8, 1.5, 2.5)"), x, 16) == [(0, 8), (8, 16)]
-    assert _pieces(parse("where(j <= 7, 1.5, 2.5)"), x, 16) == [(0, 8), (8, 16)]
-    assert _pieces(parse("where(j == 3, 1.5, 2.5)"), x, 16) == [(0, 3), (3, 4), (4, 16)]
-    assert _pieces(parse("where(j < 99, 1.5, 2.5)"), x, 16) == [(0, 16)]
+    pieces = _pieces(parse(f"where({condition}, c0[j], c1[j])"), x, 0, 16, {})
+    assert [low for low, _, _ in pieces] == [0, *cuts]
+    for low, high, expr in pieces:
+        held = {bool(eval(condition, {"j": j, "mod": lambda a, b: a % b})) for j in range(low, high)}
+        assert len(held) == 1 or condition.startswith("mod")
+        if cuts:
+            assert expr == parse("c0[j]" if held == {True} else "c1[j]")
 
 
 UNARY = [torch.tanh, torch.sigmoid, torch.relu, torch.abs, torch.neg, F.silu, lambda x: x * 0.5, lambda x: 1.0 - x, lambda x: torch.clamp(x, -0.5, 0.7), lambda x: x.masked_fill(x > 0.3, -0.25)]
