@@ -76,6 +76,10 @@ class where(Function):
 class FloatOp(Function):
     """A float operation that keeps its place: no reassociation, no distribution."""
 
+    @classmethod
+    def _should_evalf(cls, arg):  # sympy would look up fadd, fdiv, ... in mpmath, which has them, and raise on 1/0
+        return -1
+
 
 class fadd(FloatOp):
     def fdiff(self, argindex):

@@ -231,10 +231,10 @@ MASKINGS = {
 
 
 @pytest.mark.parametrize("masking", MASKINGS)
-@pytest.mark.parametrize("fill", FILLS, ids=str)
+@pytest.mark.parametrize("fill", [-INF, LOWEST, -1e9, -1e4], ids=str)
 def test_masked_rows_keep_eagers_value(masking, fill, compare):
     """NaN where eager gives NaN, a mean over all keys where it gives that, also when rows see no key."""
-    for mask in masks().values():
+    for mask in (masks()["padding"], masks()["both"]):
         compare(lambda q, k, v, m: attend(MASKINGS[masking](q @ k.mT, m, fill), v), *qkv(), mask, fused=1, tolerance=3e-5)
 
 
