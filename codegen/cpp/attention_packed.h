@@ -110,16 +110,23 @@ static __attribute__((noinline)) void attend_rows(const Call& call, Tile& tile, 
     }
 }
 
+// Keys and values are packed for as many heads at a time as fit in this: memory stays O(T), and what is packed stays near.
+constexpr int64_t PACKED_FLOATS = int64_t(1) << 20;  // 4 MiB: one head of 8192 keys and values of 64
+
 static void attend_packed(const Call& call) {
     const int64_t panels = (call.Tk + PANEL - 1) / PANEL, key_size = panels * PANEL * D, value_size = call.Tk * DVP;
     const int64_t key_group = call.H / call.Hk, value_group = call.H / call.Hv;
+    const int64_t step = std::lcm(key_group, value_group);  // query heads of a unit: whole groups of both
+    const int64_t unit_keys = step / key_group, unit_values = step / value_group, units_of_batch = call.H / step, units = call.B * units_of_batch;
+    const int64_t fitting = PACKED_FLOATS / (unit_keys * key_size + unit_values * value_size);
+    const int64_t chunk = smaller(units, fitting > 1 ? fitting : 1);
     const int threads = omp_get_max_threads();
-    const int64_t keys_size = call.B * call.Hk * key_size, values_size = call.B * call.Hv * value_size, scratch_size = TILE_ROWS * (D + DVP) + MR * BLOCK + 16;
+    const int64_t keys_size = chunk * unit_keys * key_size, values_size = chunk * unit_values * value_size, scratch_size = TILE_ROWS * (D + DVP) + MR * BLOCK + 16;
     Workspace workspace(keys_size + values_size + threads * scratch_size + 32);
     float *keys = workspace.take(keys_size), *values = workspace.take(values_size), *scratch = workspace.data;
     // Smaller tiles where there would be fewer than four for each thread.
     int64_t tile_rows = TILE_ROWS;
-    while (tile_rows > 4 * MR && call.B * call.H * ((call.Tq + tile_rows - 1) / tile_rows) < 4 * threads) tile_rows -= 4 * MR;
+    while (tile_rows > 4 * MR && chunk * step * ((call.Tq + tile_rows - 1) / tile_rows) < 4 * threads) tile_rows -= 4 * MR;
     const int64_t tiles = (call.Tq + tile_rows - 1) / tile_rows;
 #pragma omp parallel num_threads(threads) if (is_worth_threads(call))
     {
@@ -127,25 +134,34 @@ static void attend_packed(const Call& call) {
         tile.scores = scratch + omp_get_thread_num() * scratch_size;
         tile.q = tile.scores + MR * BLOCK;
         tile.sums = tile.q + TILE_ROWS * D;
+        for (int64_t first_unit = 0; first_unit < units; first_unit += chunk) {
+            const int64_t here = smaller(chunk, units - first_unit);
 #pragma omp for schedule(static) nowait
-        for (int64_t n = 0; n < call.B * call.Hk * panels; ++n)
-            pack_keys(call, n / panels / call.Hk, n / panels % call.Hk, n % panels, keys + n / panels * key_size + n % panels * PANEL * D);
+            for (int64_t n = 0; n < here * unit_keys * panels; ++n) {
+                const int64_t item = n / panels, unit = first_unit + item / unit_keys;
+                pack_keys(call, unit / units_of_batch, unit % units_of_batch * unit_keys + item % unit_keys, n % panels, keys + item * key_size + n % panels * PANEL * D);
+            }
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < call.B * call.Hv * panels; ++n)
-            pack_values(call, n / panels / call.Hv, n / panels % call.Hv, n % panels, values + n / panels * value_size);
-        // Last rows first: under a causal mask they see most keys, and the short ones fill the end.
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t n = 0; n < call.B * call.H * tiles; ++n) {
-            const int64_t b = n / tiles / call.H, h = n / tiles % call.H, first = (tiles - 1 - n % tiles) * tile_rows;
-            const int rows = int(call.Tq - first < tile_rows ? call.Tq - first : tile_rows);
-            const float* k = keys + (b * call.Hk + h / key_group) * key_size;
-            const float* v = values + (b * call.Hv + h / value_group) * value_size;
-            load_queries(call, b, h, first, rows, tile.q);
-            attend_rows(call, tile, k, v, b, h, first, rows, false);
-            bool redo = false;
-            for (int r = 0; r < rows; ++r) redo |= needs_fill(tile.state[r]);
-            if (redo) attend_rows(call, tile, k, v, b, h, first, rows, true);
-            for (int r = 0; r < rows; ++r) write_row(call, b, h, first + r, tile.sums + r * DVP, tile.state[r]);
+            for (int64_t n = 0; n < here * unit_values * panels; ++n) {
+                const int64_t item = n / panels, unit = first_unit + item / unit_values;
+                pack_values(call, unit / units_of_batch, unit % units_of_batch * unit_values + item % unit_values, n % panels, values + item * value_size);
+            }
+            // Last rows first: under a causal mask they see most keys, and the short ones fill the end. The barrier at the end
+            // keeps the next heads from being packed over keys that are still read.
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t n = 0; n < here * step * tiles; ++n) {
+                const int64_t item = n / tiles, in_unit = item % step, unit = first_unit + item / step;
+                const int64_t b = unit / units_of_batch, h = unit % units_of_batch * step + in_unit, first = (tiles - 1 - n % tiles) * tile_rows;
+                const int rows = int(call.Tq - first < tile_rows ? call.Tq - first : tile_rows);
+                const float* k = keys + (item / step * unit_keys + in_unit / key_group) * key_size;
+                const float* v = values + (item / step * unit_values + in_unit / value_group) * value_size;
+                load_queries(call, b, h, first, rows, tile.q);
+                attend_rows(call, tile, k, v, b, h, first, rows, false);
+                bool redo = false;
+                for (int r = 0; r < rows; ++r) redo |= needs_fill(tile.state[r]);
+                if (redo) attend_rows(call, tile, k, v, b, h, first, rows, true);
+                for (int r = 0; r < rows; ++r) write_row(call, b, h, first + r, tile.sums + r * DVP, tile.state[r]);
+            }
         }
     }
 }

@@ -136,8 +136,17 @@ def has_witness(mask, ranges, rows, keys) -> bool:
 
 
 def renormalised(mask):
-    """The mask with its relations in normal form: a negation turns j > i into i >= j, which is j <= i."""
-    return _renormalise(mask, sc.J)
+    """The mask in normal form: negations moved to the relations (not a-or-b is not-a and not-b), j > i negated is j <= i."""
+    return _renormalise(_negations_inward(mask), sc.J)
+
+
+def _negations_inward(mask, negated=False):
+    if isinstance(mask, Not):
+        return _negations_inward(mask.args[0], not negated)
+    if isinstance(mask, (sympy.And, sympy.Or)):
+        swapped = {sympy.And: sympy.Or, sympy.Or: sympy.And}[mask.func] if negated else mask.func
+        return swapped(*(_negations_inward(x, negated) for x in mask.args))
+    return Not(mask) if negated else mask
 
 
 def _renormalise(mask, candidate):
