@@ -6,7 +6,8 @@ from difflib import get_close_matches
 
 import torch
 
-from .errors import OptionError, TileweldError
+from .errors import OptionError
+from .targets import TargetError
 
 # One number for every spelling of a size; a config takes those that it has. 4 heads of 16, 2 KV heads.
 SIZES = {
@@ -37,7 +38,7 @@ def tiny_model(name: str, attn: str = "eager") -> torch.nn.Module:
     try:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError as error:
-        raise TileweldError("hf: targets need transformers", cure="pip install 'tileweld[hf]'") from error
+        raise TargetError("hf: targets need transformers", cure="pip install 'tileweld[hf]'") from error
     from transformers.utils import logging
 
     if name not in CONFIG_MAPPING:
@@ -49,7 +50,7 @@ def tiny_model(name: str, attn: str = "eager") -> torch.nn.Module:
         try:
             return _auto_class(config).from_config(config, attn_implementation=attn).eval()
         except Exception as error:
-            raise TileweldError(f"transformers makes no tiny {name!r} with attention {attn!r}: {type(error).__name__}: {error}", where=f"hf:{name}",
+            raise TargetError(f"transformers makes no tiny {name!r} with attention {attn!r}: {type(error).__name__}: {error}", where=f"hf:{name}",
                                 cure="write a factory for it: file.py:factory") from error
 
 

@@ -174,7 +174,7 @@ def test_kernels_ahead_of_time_for_a_gpu_that_is_not_here():
         (("explain", "{file}:wrong"), "the factory gave int"),
         (("explain", "{file}:failing"), "the factory failed: ValueError: no weights here"),
         (("explain", "{file}:bad_shape"), "the target itself fails in eager PyTorch: RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
-        (("explain", "{file}:bad_shape"), "mine.py:13"),
+        (("explain", "{file}:bad_shape"), "mine.py:12"),
         (("dump", "{file}:pair", "-o", "/no/such/folder/graph.txt"), "cannot write /no/such/folder/graph.txt"),
     ],
     ids=lambda x: " ".join(x[1:]) if isinstance(x, tuple) else "",
