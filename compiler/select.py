@@ -45,8 +45,7 @@ def attention(node: Node, target: str, options: Options) -> Choice:
         return Choice("attention", "options ask for it")
     if dtype == torch.float64:
         return Choice("attention", "float64 has no kernel")
-    if not (isinstance(width, int) and isinstance(value_width, int)):
-        return Choice("attention", "the head dim is symbolic")
+    width, value_width = int(width), int(value_width)  # a symbolic head dim becomes a guard: the kernel is made for one
     choice = _generated("attention", target, tensors[0], _bind_attention, variant, q_dtype=dtype, capture_dtypes=[c.dtype for c in captured], capture_ranks=[c.dim() for c in captured],
                         head_dim=width, value_dim=value_width, num_sizes=len(sizes))
     if choice.kernel is None and (function := _library(variant)) is not None:

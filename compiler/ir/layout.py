@@ -154,12 +154,23 @@ def size_node(graph: Graph, n, sources):
     raise Unliftable(f"the size {n} is not at hand")
 
 
+def _as_permutation(dims, wanted) -> list[int] | None:
+    """The order of dims that gives ``wanted`` where every dim is one atom, or of size 1; None where dims must be split or merged."""
+    if len(dims) != len(wanted) or any(len(dim) > 1 for dim in (*dims, *wanted)):
+        return None
+    free = [k for k, dim in enumerate(dims) if not dim or dim not in wanted]
+    order = [dims.index(dim) if dim and dim in dims else free.pop(0) if free else -1 for dim in wanted]
+    return order if sorted(order) == list(range(len(dims))) else None
+
+
 def arrange(graph: Graph, node: Node, dims: list[list], wanted: list[list], sizes: dict, sources) -> Node:
     """A view of node, whose dims are made of the atoms ``dims``, with the dims ``wanted``.
 
     An atom that node lacks leaves its dim with what is there (size 1 when it stands alone); an atom of node that is not wanted has size 1.
     """
     flat = [a for dim in dims for a in dim]
+    if (order := _as_permutation(dims, wanted)) is not None:
+        return node if order == list(range(len(order))) else insert(graph, aten.permute.default, node, order)
     target = [a for dim in wanted for a in dim if a in flat]
     kept = [a for a in flat if a in target]
     if [[a] for a in kept] != dims:
