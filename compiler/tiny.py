@@ -24,10 +24,11 @@ SIZES = {
 TINY = {name: number for number, names in SIZES.items() for name in names.split()}
 FAMILIAR = ("llama", "mistral", "qwen3", "gemma2", "gpt2", "bert", "t5", "vit", "deepseek_v3")
 SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
+# Tried in turn until a model runs: grouped heads, one KV head a head, and a head dim that is the rotary one (MLA).
+ATTEMPTS = ({}, {"num_key_value_heads": 4}, {"num_key_value_heads": 4, "head_dim": 8})
 # What the general table gets wrong: names that mean something else there, or sizes that must fit each other.
 EXCEPTIONS = {
     "phi3": {"rope_scaling": None}, "gptj": {"rotary_dim": 8}, "codegen": {"rotary_dim": 8}, "albert": {"embedding_size": 32},
-    "deepseek_v2": {"head_dim": 8, "num_key_value_heads": 4}, "deepseek_v3": {"head_dim": 8, "num_key_value_heads": 4},
 }
 
 
@@ -44,14 +45,22 @@ def tiny_model(name: str, attn: str = "eager") -> torch.nn.Module:
     if name not in CONFIG_MAPPING:
         raise _unknown(name, sorted(CONFIG_MAPPING.keys()))
     logging.set_verbosity_error()
-    config = _tiny(CONFIG_MAPPING[name], name)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    failure = None
+    for changes in ATTEMPTS:
         try:
-            return _auto_class(config).from_config(config, attn_implementation=attn).eval()
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(0)
+                config = _tiny(CONFIG_MAPPING[name], {**changes, **EXCEPTIONS.get(name, {})})
+                model = _auto_class(config).from_config(config, attn_implementation=attn).eval()
+                model(**tiny_inputs(model, 1, 5))
+            return model
         except Exception as error:
-            raise TargetError(f"transformers makes no tiny {name!r} with attention {attn!r}: {type(error).__name__}: {error}", where=f"hf:{name}",
-                                cure="write a factory for it: file.py:factory") from error
+            failure = failure or error
+    raise TargetError(f"transformers makes no tiny {name!r} with attention {attn!r}: {type(failure).__name__}: {_first_line(failure)}", where=f"hf:{name}", cure="write a factory for it: file.py:factory") from failure
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _unknown(name: str, known: list[str]) -> OptionError:
@@ -59,13 +68,13 @@ def _unknown(name: str, known: list[str]) -> OptionError:
     return OptionError(f"unknown Hugging Face architecture {name!r}", where=f"hf:{name}", cure=f"near: {', '.join(near)}; transformers here has {len(known)}, the keys of its CONFIG_MAPPING")
 
 
-def _tiny(config_class, name: str = ""):
+def _tiny(config_class, exceptions):
     """A config with the sizes of TINY wherever it has such a field, nested configs included."""
     defaults = config_class()
     changed = {field: number for field, number in (TINY | SPECIAL_TOKENS).items() if _is_size(defaults, field)}
     changed |= {field: None for field in ("layer_types", "mlp_layer_types") if getattr(defaults, field, None) is not None}
-    nested = {field: _tiny(type(getattr(defaults, field))) for field in getattr(config_class, "sub_configs", {}) if getattr(defaults, field, None) is not None}
-    return config_class(**{**changed, **nested, **({"use_cache": False} if hasattr(defaults, "use_cache") else {}), **EXCEPTIONS.get(name, {})})
+    nested = {field: _tiny(type(getattr(defaults, field)), exceptions) for field in getattr(config_class, "sub_configs", {}) if getattr(defaults, field, None) is not None}
+    return config_class(**{**changed, **nested, **({"use_cache": False} if hasattr(defaults, "use_cache") else {}), **{k: v for k, v in exceptions.items() if hasattr(defaults, k)}})
 
 
 def _is_size(config, field) -> bool:
@@ -74,7 +83,7 @@ def _is_size(config, field) -> bool:
     if field in SPECIAL_TOKENS:
         return hasattr(config, field)
     # vocab_size and the like are ints; a list is a size per stage, which has no general tiny form
-    return isinstance(getattr(config, field, None), int) or (field in ("n_inner", "head_dim", "num_key_value_heads") and field in vars(config))
+    return isinstance(getattr(config, field, None), int) or (field in ("n_inner", "head_dim", "num_key_value_heads", "vocab_size") and field in vars(config))
 
 
 def _auto_class(config):
@@ -85,6 +94,8 @@ def _auto_class(config):
 
     if getattr(config, "is_encoder_decoder", False) and has("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"):
         return auto.AutoModelForSeq2SeqLM
+    if getattr(config, "is_encoder_decoder", False) and has("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"):
+        return auto.AutoModelForSpeechSeq2Seq
     if has("MODEL_FOR_MASKED_LM_MAPPING_NAMES"):  # first: encoders are in both
         return auto.AutoModelForMaskedLM
     if has("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"):
