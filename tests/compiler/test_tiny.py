@@ -16,7 +16,7 @@ NAMES = ("llama mistral qwen2 qwen3 gemma2 phi3 gpt2 gpt_neox opt bloom mpt falc
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tiny_model_runs_on_its_inputs(name):
     model = tiny_model(name)
-    assert not model.training and sum(p.numel() for p in model.parameters()) < 2_000_000
+    assert not model.training and sum(p.numel() for p in model.parameters()) < 5_000_000
     with torch.no_grad():
         out = model(**tiny_inputs(model, batch=2, length=9, pad=True))
     first = out[0]
