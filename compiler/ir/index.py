@@ -72,7 +72,7 @@ def _groups(old, new):
             elif a < len(old):
                 product_a, a = product_a * old[a], a + 1
             else:
-                yield (0, len(old)), (0, len(new))
+                yield (start_a, len(old)), (start_b, len(new))
                 return
         yield (start_a, a), (start_b, b)
 

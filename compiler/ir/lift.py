@@ -105,7 +105,7 @@ class Lift:
             raise Unliftable
         if node.target in POINTWISE:
             result = POINTWISE[node.target](*(self.broadcast(a, index) for a in node.args), **{k: self.at(v) for k, v in node.kwargs.items() if k == "alpha"})
-            return self.cast(result, value(node).dtype) if value(node).dtype in _HALVES else result
+            return self.cast(result, value(node).dtype) if value(node).dtype in (*_HALVES, torch.bool) else result  # True + True is True
         row = ROWS.get(node.target)
         if row is None:
             raise Unliftable
