@@ -72,13 +72,18 @@ def _tiny(config_class, exceptions):
     """A config with the sizes of TINY wherever it has such a field, nested configs included."""
     defaults = config_class()
     changed = {field: number for field, number in (TINY | SPECIAL_TOKENS).items() if _is_size(defaults, field)}
-    changed |= {field: None for field in ("layer_types", "mlp_layer_types") if getattr(defaults, field, None) is not None}
+    changed |= {field: None for field in ("layer_types", "mlp_layer_types") if getattr(defaults, field, None) is not None and not _is_computed(defaults, field)}
     nested = {field: _tiny(type(getattr(defaults, field)), exceptions) for field in getattr(config_class, "sub_configs", {}) if getattr(defaults, field, None) is not None}
     return config_class(**{**changed, **nested, **({"use_cache": False} if hasattr(defaults, "use_cache") else {}), **{k: v for k, v in exceptions.items() if hasattr(defaults, k)}})
 
 
+def _is_computed(config, field) -> bool:
+    """Is the field a property, also under the name that the config maps it to?"""
+    return isinstance(getattr(type(config), getattr(type(config), "attribute_map", {}).get(field, field), None), property)
+
+
 def _is_size(config, field) -> bool:
-    if isinstance(getattr(type(config), field, None), property):  # computed from the others
+    if _is_computed(config, field):
         return False
     if field in SPECIAL_TOKENS:
         return hasattr(config, field)
