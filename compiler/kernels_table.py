@@ -33,7 +33,7 @@ def table(kernels: Iterable[Kernel], archs: Sequence[str] = ARCHITECTURES, *, ev
     about two seconds a row, nothing from Triton's cache. Raises OptionError for an unknown architecture.
     """
     rows = []
-    backends = {arch: aot.backend_of(arch) for arch in archs}
+    backends = {arch: aot.family_of(arch) for arch in archs}
     for kernel in kernels:
         if kernel.language != "triton":
             continue

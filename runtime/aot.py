@@ -48,6 +48,11 @@ def backend_of(arch: str) -> str:
     return ARCHITECTURES[arch][0]
 
 
+def family_of(arch: str) -> str:
+    """The key of an architecture's tile configurations: "ampere", "cuda" (Hopper and later) or "hip"; see tune.backend_of."""
+    return "ampere" if backend_of(arch) == "cuda" and ARCHITECTURES[arch][1] < 90 else backend_of(arch)
+
+
 def compile_ahead(module: ModuleType, kernel: str, signature: dict[str, str], constants: dict[str, object], arch: str, *, divisible_by_16=(), num_warps: int = 4,
                   num_stages: int = 3) -> AotResult:
     """The kernel `kernel` of a generated module for `arch`.

@@ -20,10 +20,12 @@ def bucket(size: int) -> int:
 
 
 def backend_of(device: torch.device) -> str:
-    """"cuda", "hip" or "cpu" (the interpreter)."""
+    """"cuda" (Hopper and later), "ampere" (before Hopper: no wgmma, operands pass through registers), "hip" or "cpu" (the interpreter)."""
     if device.type == "cpu":
         return "cpu"
-    return "hip" if torch.version.hip else "cuda"
+    if torch.version.hip:
+        return "hip"
+    return "cuda" if torch.cuda.get_device_capability(device)[0] >= 9 else "ampere"
 
 
 def pick(kernel, configs: dict[str, tuple], sizes: tuple[int, ...], device: torch.device, launch) -> tuple:

@@ -213,7 +213,7 @@ def sink_source(captures: Captures, sink) -> str:
     """``sink_of``: the extra logit of a row, -inf for none."""
     lines = _locals([sink] if sink is not None else [], "int64_t", {})
     text = captures.printer().real(sink) if sink is not None else "-std::numeric_limits<float>::infinity()"
-    head = f"INLINE float sink_of(const Call& call, int64_t b, int64_t h, int64_t i) {{"
+    head = "INLINE float sink_of(const Call& call, int64_t b, int64_t h, int64_t i) {"
     return "\n".join([head, *lines, f"    return {text};", "}"]) + "\n"
 
 

@@ -119,7 +119,7 @@ def launch_decode(out, q, k, v, captures, ints):
 
 # For compilation without a GPU: types of the arguments, constants (unit strides) and what is a multiple of 16, as at run time.
 AOT = []
-for backend in ("cuda", "hip"):
+for backend in ("cuda", "ampere", "hip"):
     for config in CONFIGS[backend]:
         AOT.append(dict(
             kernel="attention_kernel", backend=backend, config=config,
@@ -173,8 +173,8 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         sizes=", ".join(f"n{n}" for n in range(num_sizes)) or "none", functions=text.functions(), prefill=prefill, decode=decode,
         prefill_call=", ".join(map(_host_argument, text.prefill)), decode_call=", ".join(map(_host_argument, text.decode)),
         redo="decode_kernel[(pairs, 1)](*arguments, SPLIT=False, REDO=True, **options)" if text.finite_fill else [],
-        configs=[_configs(q_dtype, head_dim, value_dim, backend, dense=text.dense) for backend in ("cuda", "hip", "cpu")],
-        decode_configs=[_configs(q_dtype, head_dim, value_dim, backend, decode=True) for backend in ("cuda", "hip", "cpu")],
+        configs=[_configs(q_dtype, head_dim, value_dim, backend, dense=text.dense) for backend in ("cuda", "ampere", "hip", "cpu")],
+        decode_configs=[_configs(q_dtype, head_dim, value_dim, backend, decode=True) for backend in ("cuda", "ampere", "hip", "cpu")],
         prefill_aot=prefill_aot, prefill_constants=prefill_constants, decode_aot=decode_aot, decode_constants=decode_constants, combine_aot=combine_aot)
     detail = f"score={variant.score} mask={variant.mask} {dtype} head dim {head_dim}" + (f"/{value_dim}" if value_dim != head_dim else "")
     return Kernel(name="attention", language="triton", source=source, entry="attention", rewrite="attention", detail=detail)

@@ -122,7 +122,7 @@ def rms_norm(tensors, ints, floats):
 
 # For compilation without a GPU: (kernel, ROWS, BLOCK, num_warps) as the host function chooses them for these widths
 AOT = []
-for backend in ("cuda", "hip"):
+for backend in ("cuda", "ampere", "hip"):
     for kernel, rows, block, warps in (("rms_norm_kernel", 16, 128, 4), ("rms_norm_kernel", 1, 4096, 4), ("wide_rms_norm_kernel", 1, 4096, 8)):
         AOT.append(dict(
             kernel=kernel, backend=backend, config=(rows, block, warps, 1),

@@ -67,17 +67,21 @@ _DENSE = (
     (128, "128x32w8s2 64x32w4s2", "64x32w4s1 32x32w4s1", "32x32w8s1 32x16w4s1"),
     (256, "64x32w4s1 128x32w8s1", "64x32w4s1 32x32w4s1", "32x16w8s1 16x16w4s1"),
 )
+#: where Hopper's tiles spill without wgmma, whose operands need no registers: 128x64w8s3 by 8 to 16 bytes at head dim 128
+_AMPERE = {"128x64w8s3 128x128w8s2 128x64w8s2 64x64w4s3": "64x64w4s3 128x64w8s3 128x64w8s2"}
 #: the interpreter: small tiles that differ, so that a short test crosses many tile borders
 INTERPRETER, INTERPRETER_DECODE = Config(64, 32, 4, 1), Config(16, 16, 4, 1)
 
 
 def configs(dtype: torch.dtype, head_dim: int, value_dim: int, backend: str, decode: bool = False, dense: bool = False) -> tuple[Config, ...]:
-    """The configurations for backend "cuda", "hip" or "cpu", the default first (research: FlashAttention-3's tile_size.h, Triton's tutorial 06)."""
+    """The configurations for backend "cuda" (Hopper and later), "ampere", "hip" or "cpu", the default first (research: FlashAttention-3's tile_size.h, Triton's tutorial 06)."""
     if backend == "cpu":
         return (INTERPRETER_DECODE if decode else INTERPRETER,)
     width = max(sum(chunk.width for chunk in chunks(dim)) for dim in (head_dim, value_dim))
     _, cuda, hip, single = next(row for row in (_DECODE if decode else _DENSE if dense else _TABLE) if width <= row[0])
-    text = single if dtype == torch.float32 else cuda if backend == "cuda" else hip
+    text = single if dtype == torch.float32 else hip if backend == "hip" else cuda
+    if backend == "ampere" and text in _AMPERE:
+        text = _AMPERE[text]
     return tuple(_parse(item) for item in text.split())
 
 

@@ -44,8 +44,15 @@ def test_other_gpus_use_their_matrix_units(arch, matmul):
         assert row.result is not None, row.error
         assert row.result.fits
     assert found["attention_kernel"].result.matmul == matmul
-    if arch != "sm_100":  # the 4 KiB of registers that tensor memory's loads take spill there: measured, not limited
-        assert all(row.result.spills == 0 for row in found.values())
+    for name, row in found.items():
+        assert row.result.spills == 0 or (arch == "sm_100" and name != "attention_kernel"), (name, row.result)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
+def test_default_at_head_dim_128_spills_nothing(arch):
+    """64 is held above; fp32 and decode on sm_100 spill up to 8 bytes around tensor memory: measured, not limited."""
+    row = rows(kernel(dim=128), arch)["attention_kernel"]
+    assert row.result is not None and row.result.spills == 0 and row.result.fits, row
 
 
 def test_fp32_is_computed_in_fp32():
@@ -68,7 +75,7 @@ def kernel(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, BLOCK), 1.0)
 
 AOT = [dict(kernel="kernel", backend=backend, config=(n, 4, 1), signature={"x_ptr": "*fp32", "BLOCK": "constexpr"}, constants={"BLOCK": n}, divisible_by_16=["x_ptr"])
-       for backend in ("cuda", "hip") for n in (128, 256)]
+       for backend in ("cuda", "ampere", "hip") for n in (128, 256)]
 """
 
 
