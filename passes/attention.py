@@ -31,7 +31,7 @@ from ..compiler.ir.lift import Lift
 from ..compiler.ir.masking import split
 from ..compiler.ir.rewrite import Match, NotThePattern, Refusal, Refused
 from ..compiler.ir.roles import Roles, heads_behind, query_dims
-from ..compiler.ir.softmax import Forward, Softmax, follow, forward_index, softmax_at, without_sink
+from ..compiler.ir.softmax import Forward, Softmax, between_products, follow, forward_index, softmax_at, without_sink
 from ..compiler.ir.unliftable import Unliftable
 
 NAME = "attention"
@@ -51,7 +51,9 @@ def find(graph: Graph) -> Iterator[Match | Refusal]:
             at_output = refused.refusal.node.op == "output"  # which has no line of the user's: the softmax has
             yield dataclasses.replace(refused.refusal, node=node) if at_output else refused.refusal
         except NotThePattern:
-            continue
+            if between_products(softmax, is_parameter):
+                yield Refusal("the way from the product of q and k to the softmax, or from the softmax to the product with v, has no formula (a chunked layout, a gather, padding)", node,
+                              "write the mask over the whole score matrix: tiles that it empties are skipped")
 
 
 # ---------------------------------------------------------------- the core

@@ -179,3 +179,27 @@ def _undo(lift, node, index):
         raise Refused(f"{op_name(node)} changes the size of the attention weights", node)
     position = {e: k for k, e in enumerate(source)}
     return [index[position[z]] if z in position else Integer(0) for z in fresh]
+
+
+_ENDS = (aten.linear, aten.layer_norm, aten.embedding, aten.softmax, aten._softmax)
+
+
+def between_products(softmax: Softmax, is_parameter) -> bool:
+    """Does a product of two activations lie behind the softmax and one ahead of it, with no linear layer or norm between? Then it is
+    attention, in a layout that nothing here can read; a router's softmax has a linear layer behind it."""
+    def meets(node, step) -> bool:
+        seen, front = set(), list(step(node))
+        while front and len(seen) < 200:
+            node = front.pop(0)
+            if node in seen or node.op != "call_function" or is_call(node, *_ENDS):
+                continue
+            seen.add(node)
+            if is_call(node, *CONTRACTIONS):
+                tensors = [a for a in node.all_input_nodes if value(a) is not None]
+                if sum(not is_parameter(a) for a in tensors) >= 2:
+                    return True
+                continue
+            front += step(node)
+        return False
+
+    return meets(softmax.node, lambda n: list(n.all_input_nodes)) and meets(softmax.node, lambda n: list(n.users))
