@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -102,6 +103,7 @@ def _generated(op: str, target: str, tensor: torch.Tensor, bind, *args, **kwargs
         kernel = emit(*args, **kwargs)
     except UnsupportedError as error:
         return Choice(op, error.what)
+    kernel = dataclasses.replace(kernel, name=f"{kernel.name}_{hashlib.sha256(kernel.source.encode()).hexdigest()[:6]}")  # so that a report tells two apart
     interpreted = target == "triton" and tensor.device.type == "cpu"
     return Choice(op, "CPU tensors on the triton target: interpreted, for checking only" if interpreted else "generated for this op", kernel=kernel, bind=bind, interpreted=interpreted)
 

@@ -28,7 +28,7 @@ from ..compiler.ir.core import Core, Part, finish
 from ..compiler.ir.graph import argument, is_call, op_name, shape, source_of, value
 from ..compiler.ir.layout import look_behind
 from ..compiler.ir.lift import Lift
-from ..compiler.ir.masking import split
+from ..compiler.ir.masking import split_where_seen
 from ..compiler.ir.rewrite import Match, NotThePattern, Refusal, Refused
 from ..compiler.ir.roles import Roles, heads_behind, query_dims
 from ..compiler.ir.softmax import Forward, Softmax, between_products, follow, forward_index, softmax_at, without_sink
@@ -95,7 +95,7 @@ def _core(softmax: Softmax, forward: Forward, i_dim) -> Core:
     _nothing_escapes(inside, forward.contraction)
     v, out_index = _values(lift, softmax, forward, roles, sink_node)
     sink = lift.at(sink_node.node, sink_node.index(roles)) if sink_node else None
-    parts = split(e, {sc.S})
+    parts = split_where_seen(e, {sc.S}, roles)
     return Core(root=forward.contraction, roles=roles, lift=lift, score=parts.score, mask=parts.mask, fill=parts.fill, sink=sink, empty=softmax.empty,
                 q=q, k=k, v=v, out_index=out_index, value_symbol=DV, spelling=softmax.spelling)
 
@@ -196,6 +196,6 @@ def _library_core(node: Node) -> Core:
     if attn_mask is not None:
         m = lift.broadcast(attn_mask, roles.index)
         e = sc.select(m, e, sc.number(-math.inf)) if value(attn_mask).dtype == torch.bool else sc.add(e, m)
-    parts = split(e, {sc.S})
+    parts = split_where_seen(e, {sc.S}, roles)
     return Core(root=node, roles=roles, lift=lift, score=parts.score, mask=parts.mask, fill=parts.fill, sink=None, empty="zero",
                 q=operands[0], k=operands[1], v=operands[2], out_index=[*lead, sc.I if out[-2] != 1 else Integer(0), DV], value_symbol=DV)

@@ -32,13 +32,21 @@ class Split:
     fill: float | None = None
 
 
-def split(e, of) -> Split:
-    """Split an expression; ``of`` is the set of symbols that scores depend on (a part without them is no score)."""
+#: float16's lowest number: a mask by intention, but s - 65504 keeps five bits of s. Taken for one where every row sees a key.
+LOWEST_HALF = -65504.0
+
+
+def split(e, of, absorbing: float = ABSORBING) -> Split:
+    """Split an expression; ``of`` is the set of symbols that scores depend on (a part without them is no score).
+
+    absorbing: how large an added constant must be to count as a mask. Below ABSORBING the split is right only where every row
+    sees a key and the caller proves it.
+    """
     if isinstance(e, sc.where):
         condition, x, y = e.args
         for kept, constant, visible in ((x, y, condition), (y, x, Not(condition))):
             if _is_fill(constant) and not sc.is_const(kept):
-                inner = split(kept, of)
+                inner = split(kept, of, absorbing)
                 if inner.fill is None or inner.fill == float(constant):
                     return Split(inner.score, And(visible, inner.mask), float(constant))
                 return Split(kept, visible, float(constant))
@@ -46,8 +54,8 @@ def split(e, of) -> Split:
         x, y = e.args
         if not _has(x, of) and isinstance(e, sc.fadd):
             x, y = y, x
-        inner = split(x, of)
-        added = _added_mask(y) if isinstance(e, sc.fadd) and not _has(y, of) else None
+        inner = split(x, of, absorbing)
+        added = _added_mask(y, absorbing) if isinstance(e, sc.fadd) and not _has(y, of) else None
         if added is not None:
             visible, rest, constant = added
             if (inner.fill is None and (constant == -math.inf or moderate(inner.score))) or inner.fill == constant == -math.inf:
@@ -55,19 +63,30 @@ def split(e, of) -> Split:
             if inner.fill == -math.inf:  # a finite constant added to -inf leaves -inf: keep the inner mask outermost
                 return Split(sc.add(inner.score, y), inner.mask, inner.fill)
             return Split(sc.add(x, rest), visible, constant) if constant == -math.inf else Split(e)  # twice finfo.min is -inf
-        swallows = inner.fill is not None and (not y.has(sympy.oo, sympy.nan) if inner.fill == -math.inf else abs(inner.fill) >= ABSORBING and moderate(y))
+        swallows = inner.fill is not None and (not y.has(sympy.oo, sympy.nan) if inner.fill == -math.inf else abs(inner.fill) >= absorbing and moderate(y))
         if swallows and not _has(y, of):
             return Split(e.func(inner.score, y), inner.mask, inner.fill)  # fill + y rounds to fill
         return Split(e)
     if isinstance(e, (sc.fmul, sc.fmax, sc.fmin, sc.call)):
         varying = [k for k, x in enumerate(e.args) if _has(x, of)]
         if len(varying) == 1 and all(sc.is_const(x) or x.is_Symbol for k, x in enumerate(e.args) if k != varying[0]):
-            inner = split(e.args[varying[0]], of)
+            inner = split(e.args[varying[0]], of, absorbing)
             if inner.fill is not None:  # f(where(m, x, c)) = where(m, f(x), f(c))
                 fill = _apply(e, varying[0], sc.number(inner.fill))
                 if fill is not None and _is_fill(fill):
                     return Split(_apply(e, varying[0], inner.score), inner.mask, float(fill))
     return Split(e)
+
+
+def split_where_seen(e, of, roles) -> Split:
+    """`split`, which also takes float16's lowest number for a mask where every row provably sees a key (causal, no padding)."""
+    parts = split(e, of)
+    if parts.fill is None and any(float(x) == LOWEST_HALF for x in e.atoms(sympy.Number)):
+        half = split(e, of, -LOWEST_HALF)
+        mask = renormalised(drop_proved(half.mask, roles.ranges))
+        if half.fill == LOWEST_HALF and moderate(half.score) and has_witness(mask, roles.ranges, roles.rows, roles.keys):
+            return Split(half.score, mask, -math.inf)
+    return parts
 
 
 def rebuilt(e, replacement):
@@ -105,20 +124,20 @@ def moderate(y) -> bool:
     return numbers and all(element.is_integer or element.args[0].is_finite for element in y.atoms(sc.load))
 
 
-def _added_mask(y):
+def _added_mask(y, absorbing):
     """(visible, what else is added, constant) of an additive mask where(c, x, -big); None where y is no such mask."""
     if isinstance(y, sc.where):
         condition, x, z = y.args
         for rest, constant, visible in ((x, z, condition), (z, x, Not(condition))):
-            if sc.is_const(constant) and constant is not sympy.nan and float(constant) <= -ABSORBING and not rest.has(sympy.oo, sympy.nan):
+            if sc.is_const(constant) and constant is not sympy.nan and float(constant) <= -absorbing and not rest.has(sympy.oo, sympy.nan):
                 return visible, rest, float(constant)
-        inner = {k: _added_mask(branch) for k, branch in ((1, x), (2, z)) if not sc.is_const(branch)}
+        inner = {k: _added_mask(branch, absorbing) for k, branch in ((1, x), (2, z)) if not sc.is_const(branch)}
         for k, found in inner.items():  # where(c, where(d, x, -big), -big)
             other = y.args[3 - k]
             if found and sc.is_const(other) and float(other) == found[2]:
                 return And(condition if k == 1 else Not(condition), found[0]), found[1], found[2]
     if isinstance(y, sc.fadd) and moderate(y.args[1]):
-        found = _added_mask(y.args[0])
+        found = _added_mask(y.args[0], absorbing)
         return found and (found[0], sc.add(found[1], y.args[1]), found[2])
     return None
 
