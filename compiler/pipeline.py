@@ -7,6 +7,7 @@ from . import log
 from .errors import RefusalError
 from .ir.graph import is_tensor, source_of, value
 from .ir.rewrite import Match, Refusal
+from .ir.unliftable import Unliftable
 from .options import Options
 from .report import Fusion, Refused, Report
 from .verify import differs
@@ -35,13 +36,17 @@ def run(gm: GraphModule, passes, options: Options, report: Report) -> GraphModul
 def _apply(name: str, gm: GraphModule, match: Match, options: Options, report: Report, number: int) -> None:
     root, source = match.root, source_of(match.root)
     before = set(gm.graph.nodes)
+    problem = None
     with gm.graph.inserting_before(root), value(root).fake_mode:
-        new = match.build(gm.graph)
+        try:
+            new = match.build(gm.graph)
+        except Unliftable as error:
+            problem = str(error)
     made = [node for node in gm.graph.nodes if node not in before]
     for node in made:
         node.meta.setdefault("stack_trace", root.meta.get("stack_trace"))
         node.meta["tileweld_rewrite"] = name
-    problem = _changed_type(root, new)
+    problem = problem or _changed_type(root, new)
     if problem is None and options.verify:
         problem = differs(gm, match.inputs, root, new)
     if problem is not None:

@@ -73,6 +73,8 @@ def finish(core: Core, source: Node) -> Match:
         fill = -math.inf
     if core.spelling != "softmax" and not moderate(core.score) or core.spelling == "logsumexp" and math.isfinite(fill) and not sees_a_key:
         raise Refused("a softmax without its maximum subtracted, where a row may hold only huge negative scores", source, "write softmax(x, dim), or mask with -inf")
+    if layout(core.root, core.out_index, with_groups(core.out_index, {**core.roles.sizes, core.value_symbol: core.v[0].length})) is None:
+        raise Refused("the result mixes batch, heads and positions in one dim", source)
     texts, tables = [], []
     for e in (core.score, mask, core.sink):
         if e is not None:
@@ -131,7 +133,7 @@ def _names(exprs, core, tables):
 def _build(graph, core, captures, sizes, arguments):
     roles = core.roles
     nodes = [p.operand.node for p in (*core.q, *core.k, *core.v)]
-    sources = sizes_of_nodes(nodes + [core.root])
+    sources = [*sizes_of_nodes(nodes), (sympy.nan, core.root, 0)]  # root's own sizes are none: it is computed later, and only marks the place
     dtype = None
     for node in [*nodes, core.root]:  # the result is rounded once, to what the model returns
         dtype = value(node).dtype if dtype is None else torch.promote_types(dtype, value(node).dtype)

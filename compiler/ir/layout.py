@@ -151,6 +151,12 @@ def size_node(graph: Graph, n, sources):
             for dim, known in enumerate(shape(node)):
                 if known == n:
                     return insert(graph, aten.sym_size.int, node, dim)
+    operands = {node for _, node, _ in sources}
+    for node in graph.nodes:  # anything computed before the operands
+        if node in operands and node.op != "placeholder":
+            break
+        if is_tensor(node) and n in (known := shape(node)):
+            return insert(graph, aten.sym_size.int, node, known.index(n))
     raise Unliftable(f"the size {n} is not at hand")
 
 
