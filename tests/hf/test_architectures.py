@@ -13,7 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers", reason="transformers is an extra: pip install tileweld[hf]")
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
-from tileweld.compiler.backend import tileweld  # noqa: E402
+from tileweld.compiler.backend import rewrite, tileweld  # noqa: E402
+from tileweld.compiler.options import Options  # noqa: E402
 from tileweld.compiler.report import Report  # noqa: E402
 
 SIZES = {
@@ -71,11 +72,14 @@ def output(result):
     return result.logits if hasattr(result, "logits") else result.last_hidden_state
 
 
-def compiled(model, dynamic=None, **options):
+def compiled(model, dynamic=None, aot=True, **options):
+    """(compiled model, report, graphs); ``aot`` False runs the rewritten graph as it is, without AOT and lowering."""
     report, graphs = Report(), []
 
     def backend(gm, example_inputs):
         graphs.append(gm)
+        if not aot:
+            return rewrite(gm, example_inputs, Options.parse({"target": "reference", **options}), report).forward
         return tileweld(gm, example_inputs, options={"target": "reference", **options}, report=report)
 
     return torch.compile(model, backend=backend, dynamic=dynamic), report, graphs
@@ -90,7 +94,7 @@ def assert_close(ours, eager):
 @pytest.mark.parametrize("name,implementation", CASES)
 def test_every_core_is_fused_at_two_lengths_with_one_compilation(name, implementation):
     model = build(name, implementation)
-    run, report, graphs = compiled(model, dynamic=True)
+    run, report, graphs = compiled(model, dynamic=True, aot=implementation == "eager")  # the rest of the way is the same for both
     with torch.no_grad():
         for length in (40, 26):
             x = inputs(name, length)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = int(os.environ.get("TILEWELD_FUZZ_EXAMPLES", 60))  # more, in another order, where a change is to be tried hard
+EXAMPLES = int(os.environ.get("TILEWELD_FUZZ_EXAMPLES", 40))  # more, in another order, where a change is to be tried hard
 INF = math.inf
 fused = []  # per example: was it fused
 
@@ -136,7 +136,7 @@ def graphs(draw):
     return function, (b, h, t, s, d, dv, group)
 
 
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 60, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 40, suppress_health_check=list(HealthCheck))
 @given(graphs(), st.integers(0, 2**31), st.integers(0, 3).map(lambda n: n == 0 or None))
 def run_examples(compare, graph, seed, dynamic):
     function, (b, h, t, s, d, dv, group) = graph
