@@ -14,7 +14,7 @@ from ..errors import ScalarSyntaxError
 from .nodes import UNARY
 from .scalar import (
     NAMES,
-
+    accumulator_symbol,
     add,
     as_condition,
     capture_symbol,
@@ -61,7 +61,7 @@ def parse(text: str, integer_captures: frozenset[int] = frozenset()):
 
 def _build(node, text, ints):
     def fail(what):
-        raise ScalarSyntaxError(what, text=text, position=getattr(node, "col_offset", 0), cure="the names are s b h i j Tq Tk n0.. c0[..] and " + " ".join(_CALLS))
+        raise ScalarSyntaxError(what, text=text, position=getattr(node, "col_offset", 0), cure="the names are s b h i j Tq Tk n0.. c0[..], of a matrix product x r u a0.. p0.., and " + " ".join(_CALLS))
 
     if isinstance(node, ast.Constant):
         if isinstance(node.value, (bool, int, float)):
@@ -70,6 +70,8 @@ def _build(node, text, ints):
     if isinstance(node, ast.Name):
         if node.id in NAMES:
             return NAMES[node.id]
+        if (accumulator := accumulator_symbol(node.id)) is not None:
+            return accumulator
         if node.id in ("inf", "nan"):
             return number(float(node.id))
         if re.fullmatch(r"n\d{1,3}", node.id):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 
 import sympy
 from sympy import And, Eq, Float, Ge, Gt, Integer, Le, Lt, Ne, Not, Or, Symbol
@@ -30,7 +31,20 @@ S = Symbol("s", real=True)
 B, H, I, J = (Symbol(name, integer=True, nonnegative=True) for name in "bhij")
 TQ, TK = (Symbol(name, integer=True, positive=True) for name in ("Tq", "Tk"))
 T = Symbol("t", integer=True)  # the variable of a table, see table.py
-NAMES = {symbol.name: symbol for symbol in (S, B, H, I, J, TQ, TK, T)}
+X, R, U = (Symbol(name, real=True) for name in "xru")  # of a matrix product's prologue: element, reciprocal deviation and mean of its row; see linear.py
+NAMES = {symbol.name: symbol for symbol in (S, B, H, I, J, TQ, TK, T, X, R, U)}
+_ACCUMULATOR = re.compile(r"[ap](\d{1,2})")
+
+
+def accumulator_symbol(name: str) -> Symbol | None:
+    """The symbol of ``a0``, an accumulator of a matrix product, or ``p0``, its partner column; None for other names."""
+    return Symbol(name, real=True) if _ACCUMULATOR.fullmatch(name) else None
+
+
+def accumulator_number(symbol: Symbol) -> int | None:
+    """0 of a0 and p0."""
+    found = _ACCUMULATOR.fullmatch(symbol.name)
+    return int(found[1]) if found else None
 
 
 def size_symbol(k: int) -> Symbol:
