@@ -3,24 +3,6 @@
 
 constexpr int64_t PARALLEL_FROM = 32768;  // elements; below, waking the threads (5 to 10 us) takes longer than the work
 
-// The upper halves of floats, rounded to nearest even; not for NaN.
-INLINE BitVector rounded_bits(Vector x) {
-    const BitVector bits = bit_cast<BitVector>(x);
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
-INLINE void write_vector(float* p, Vector x) { store_vector(p, x); }
-INLINE void write_vector(BFloat16* p, Vector x) {
-    *reinterpret_cast<ShortVector*>(p) = __builtin_convertvector(x == x ? rounded_bits(x) : BitVector{} + 0x7fc0, ShortVector);
-}
-INLINE void write_vector(Half* p, Vector x) {
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
-    asm("vcvtps2ph $0, %1, %0" : "=m"(*reinterpret_cast<ShortVector*>(p)) : "v"(x));  // 0: to nearest even
-#else
-    for (int lane = 0; lane < VL; ++lane) store_element(p + lane, x[lane]);
-#endif
-}
-
 // To x's dtype and back: the first of Llama's two roundings.
 INLINE float rounded(float x) {
     X narrow;

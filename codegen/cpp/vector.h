@@ -93,6 +93,24 @@ INLINE Vector load_vector(const Half* p) {
 }
 INLINE void store_vector(float* p, Vector x) { *reinterpret_cast<LooseVector*>(p) = x; }
 
+// The upper halves of floats, rounded to nearest even; not for NaN.
+INLINE BitVector rounded_bits(Vector x) {
+    const BitVector bits = bit_cast<BitVector>(x);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+INLINE void write_vector(float* p, Vector x) { store_vector(p, x); }
+INLINE void write_vector(BFloat16* p, Vector x) {
+    *reinterpret_cast<ShortVector*>(p) = __builtin_convertvector(x == x ? rounded_bits(x) : BitVector{} + 0x7fc0, ShortVector);
+}
+INLINE void write_vector(Half* p, Vector x) {
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
+    asm("vcvtps2ph $0, %1, %0" : "=m"(*reinterpret_cast<ShortVector*>(p)) : "v"(x));  // 0: to nearest even
+#else
+    for (int lane = 0; lane < VL; ++lane) store_element(p + lane, x[lane]);
+#endif
+}
+
 // The first `count` of VL elements `stride` apart, zeros behind them.
 template <class Element>
 static __attribute__((noinline)) Vector gather_part(const Element* p, int64_t stride, int count) {
