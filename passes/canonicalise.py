@@ -302,6 +302,28 @@ def _(at, node, x, dim=0, start=None, end=None, step=1):
     return x if _same(value(node).shape, value(x).shape) and start in (None, 0) and step == 1 else None
 
 
+_PIECES = (aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default)
+
+
+@row(operator.getitem)
+def _(at, node, pieces, k):
+    """chunk(x, n)[k], split(x, n)[k]  ->  a slice of x;  unbind(x, dim)[k]  ->  select(x, dim, k)"""
+    if not is_call(pieces, aten.unbind.int, *_PIECES):
+        return None
+    x = pieces.args[0]
+    if is_call(pieces, aten.unbind.int):
+        return at(aten.select.int, x, argument(pieces, 1, "dim", 0), k)
+    dim, wanted = argument(pieces, 2, "dim", 0) % value(x).dim(), pieces.args[1]
+    if is_call(pieces, aten.chunk.default):
+        total = value(x).shape[dim]
+        wanted = -(-total // wanted) if isinstance(total, int) and total else None
+    sizes = wanted[:k] if isinstance(wanted, (list, tuple)) else [wanted] * k
+    own = value(node).shape[dim]
+    if not all(isinstance(n, int) for n in (*sizes, own, *([] if isinstance(wanted, (list, tuple)) else [wanted]))):
+        return None
+    return at(aten.slice.Tensor, x, dim, sum(sizes), sum(sizes) + own)
+
+
 @row(aten.slice_scatter.default)
 def _(at, node, x, src, dim=0, start=None, end=None, step=1):
     return src if start in (None, 0) and end in (None, _END) and step == 1 else None

@@ -144,6 +144,17 @@ def _cat(lift, node, index):
     return _concatenated(lift, node.args[0], argument(node, 1, "dim", 0) % len(index), index)
 
 
+@row(aten.stack.default)
+def _stack(lift, node, index):
+    """The last part unless the index says another: parts differ in which one is read, not where."""
+    dim = argument(node, 1, "dim", 0) % len(index)
+    inner, result = [*index[:dim], *index[dim + 1:]], None
+    for k, part in reversed(list(enumerate(node.args[0]))):
+        x = lift.at(part, inner)
+        result = x if result is None else sc.select(sc.relation("<=", index[dim], Integer(k)), x, result)
+    return result
+
+
 @row(aten.diff.default)
 def _diff(lift, node, index):
     """x[k + 1] - x[k] along dim, after what is prepended and appended."""

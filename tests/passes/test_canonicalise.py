@@ -196,3 +196,24 @@ def test_random_programs_keep_results_and_effects(steps):
     for actual, wanted in zip((*result, *ours), (*expected, *eager)):
         assert actual.dtype == wanted.dtype and actual.shape == wanted.shape
         torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+PIECES = {
+    "chunk": (lambda x: x.chunk(4, -1)[1].sin() + x.chunk(3, 1)[2], ["slice.Tensor", "sin.default", "slice.Tensor", "add.Tensor"]),
+    "uneven split": (lambda x: x.split(4, -1)[1].sin(), ["slice.Tensor", "sin.default"]),
+    "split with sizes": (lambda x: x.split([1, 3, 2], -1)[2].sin(), ["slice.Tensor", "sin.default"]),
+    "unbind": (lambda x: x.unbind(-1)[2].sin(), ["select.int", "sin.default"]),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_are_slices(name):
+    fn, expected = PIECES[name]
+    x = torch.randn(4, 6)
+    result, graph = normal_form(fn, x)
+    assert torch.equal(result, fn(x)) and ops(graph) == expected
+
+
+def test_pieces_of_a_symbolic_width_stay():
+    result, graph = normal_form(lambda x: x.chunk(3, 1)[1] * 2, torch.randn(4, 6), dynamic=True)
+    assert "chunk.default" in ops(graph)

@@ -56,6 +56,7 @@ FORMULAS = {  # what is lifted to the end: nothing is captured
     "inverted": lambda: (1.0 - torch.ones(T, S).tril()) * -1e4,
     "lowest": lambda: torch.ones(T, S).tril().logical_not() * torch.finfo(torch.float32).min,
     "cat": lambda: torch.cat([torch.ones(T, S - T), torch.ones(T, T).tril()], -1),
+    "stack": lambda: torch.stack([torch.ones(T, S // 2).tril(), torch.zeros(T, S // 2), torch.ones(T, S // 2).triu()], -1).flatten(1)[:, :S],
     "cat_of_three": lambda: torch.cat([torch.zeros(T, 1), torch.ones(T, T).tril(), torch.zeros(T, 1)], 1),
     "sliced": lambda: torch.ones(2 * T, 2 * S).tril()[::2, 1::2],
     "last_rows": lambda: torch.ones(20, 20).tril()[-T:, -S:],
