@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from .ir.graph import source_of, value
 from .lower import choose, put
 from .options import Options
+from .place import Placer
 from .report import Report
 
 STAGES = ("capture", "passes", "aot", "kernels")
@@ -193,13 +194,8 @@ def _executable(gm: GraphModule, options: Options) -> str:
     import copy
 
     lowered = GraphModule(gm, copy.deepcopy(gm.graph))
-    for node, choice in choose(lowered, options):
-        name = f"{choice.kernel.language}_{choice.kernel.name}" if choice.kernel is not None else choice.name
-
-        def stand_in(*args):
-            raise NotImplementedError("shown, not run")
-
-        stand_in.__module__ = "kernels"
-        put(lowered, node, choice, stand_in, name)
+    choices, placer = choose(lowered, options), Placer(lowered)
+    for choice in choices:
+        put(placer, choice, {c.kernel.source: None for c in choices if c.kernel is not None})
     lowered.graph.eliminate_dead_code()
     return lowered.graph.python_code("self").src.strip()

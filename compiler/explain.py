@@ -42,7 +42,7 @@ def trace(fn: Callable, args=(), kwargs=None, *, dynamic: bool | None = None, op
             if losses:
                 torch.autograd.grad(sum(losses), [p for p in _leaves(fn, args, kwargs) if p.requires_grad], allow_unused=True)
     for aot in report.aot:
-        for _, choice in choose(aot.gm, checked):
+        for choice in choose(aot.gm, checked):
             name = f"{choice.kernel.language}:{choice.kernel.name}" if choice.kernel is not None else choice.name
             report.kernels.append(KernelUse(choice.op, name, choice.reason, aot.graph))
             if choice.kernel is not None and choice.kernel not in report.sources:

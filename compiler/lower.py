@@ -5,7 +5,7 @@ is at its limit, or the op's own definition. What was chosen, and why, goes into
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch.fx import GraphModule, Node
 
@@ -17,7 +17,9 @@ from ..runtime.source_module import load_python_source
 from . import log
 from .errors import BuildError, CompilerNotFound
 from .ir.graph import is_tensor, value
+from .ir.lowered import Launch
 from .options import Options
+from .place import CannotPlace, Placer
 from .report import KernelUse, Report
 from .select import SELECTORS, Choice, pointwise
 
@@ -25,51 +27,51 @@ from .select import SELECTORS, Choice, pointwise
 def lower(gm: GraphModule, options: Options, report: Report, number: int) -> Callable:
     """Replace fused ops and regions by their implementations, build all kernels of the graph at once, and return the graph's forward."""
     choices = choose(gm, options)
-    launches = _build({c.kernel.source: c for _, c in choices if c.kernel is not None}, options, report)
-    for node, choice in choices:
-        function, name, reason = choice.function, choice.name, choice.reason
+    launchers = _build({c.kernel.source: c for c in choices if c.kernel is not None}, options, report)
+    placer = Placer(gm)
+    for choice in choices:
+        name, reason = choice.name, choice.reason
         if choice.kernel is not None:
             if choice.kernel not in report.sources:
                 report.sources.append(choice.kernel)
-            launch = launches.get(choice.kernel.source)
-            if launch is None:
+            if choice.kernel.source not in launchers:
                 name, reason = "reference", "its kernel could not be built"
             else:
-                function, name = choice.bind(launch), f"{choice.kernel.language}:{choice.kernel.name}"
-        if function is not None:
-            put(gm, node, choice, function, name)
+                name = f"{choice.kernel.language}:{choice.kernel.name}"
+        refusal = put(placer, choice, launchers)
+        if refusal:
+            name, reason = "reference", refusal
         report.kernels.append(KernelUse(choice.op, name, reason, number))
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm.forward
 
 
-def put(gm: GraphModule, node: Node, choice: Choice, function: Callable, name: str) -> None:
-    """The function in the place of a fused op or of a region's root, under a name that the graph's Python code shows."""
-    function.__name__ = function.__qualname__ = name.replace(":", "_").replace(".", "_")
-    if choice.inputs is not None:
-        _replace(gm, node, function, choice.inputs)
-    else:
-        node.target = function
+def put(placer: Placer, choice: Choice, launchers: Mapping[str, Callable | None]) -> str:
+    """What was chosen into the graph; launchers by source, None for a graph that is only shown. The reason if it cannot be placed."""
+    if choice.function is not None:
+        choice.function.__name__ = choice.function.__qualname__ = choice.name.replace(":", "_")
+        placer.current(choice.node).target = choice.function
+    elif choice.kernel is not None and choice.kernel.source in launchers:
+        layouts = [(tuple(value(x).shape), tuple(value(x).stride())) for x in choice.inputs] if choice.has_layout else None
+        name = f"{choice.kernel.language}_{choice.kernel.name}"
+        try:
+            placer.put(choice, Launch(name, [value(o) for o in choice.outputs], choice.kernel, launchers[choice.kernel.source], choice.run, layouts))
+        except CannotPlace as error:
+            return str(error)
+    return ""
 
 
-def _replace(gm: GraphModule, root: Node, function: Callable, inputs: list[Node]) -> None:
-    """One call in place of a region; its inner nodes die with it."""
-    with gm.graph.inserting_before(root):
-        new = gm.graph.call_function(function, tuple(inputs))
-    new.meta = dict(root.meta)
-    root.replace_all_uses_with(new)
-
-
-def choose(gm: GraphModule, options: Options) -> list[tuple[Node, Choice]]:
+def choose(gm: GraphModule, options: Options) -> list[Choice]:
     """The implementation of every fused op and region of the graph; builds nothing and changes nothing."""
     choices = []
     for node in gm.graph.nodes:
         selector = SELECTORS.get(node.target) if node.op == "call_function" else None
         if selector is not None:
-            choices.append((node, selector(node, target_of(node, options), options)))
+            choices.append(choice := selector(node, target_of(node, options), options))
+            choice.node = node
     regions = find_regions(gm) if options.target in ("auto", "cpp") else []
-    return choices + [(region.root, pointwise(region)) for region in regions]
+    return choices + [pointwise(region) for region in regions]
 
 
 def target_of(node: Node, options: Options) -> str:

@@ -5,7 +5,8 @@ import dataclasses
 import hashlib
 import importlib
 import importlib.util
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.fx import Node
@@ -14,7 +15,7 @@ from ..codegen.cpp import pointwise as cpp_pointwise
 from ..codegen.regions import Region, kept_dims
 from .errors import UnsupportedError
 from .ir import rms_norm as _rms_norm_op  # noqa: F401 (registers the op)
-from .ir.attention import Variant, empty_output, variant_of
+from .ir.attention import Variant, variant_of
 from .ir.graph import value
 from .ir.kernel import Kernel
 from .ir.views import VIEWS
@@ -23,16 +24,36 @@ from .options import Options
 
 @dataclasses.dataclass
 class Choice:
-    """How one fused op runs: ``function(*args)`` of the op's own arguments, or a kernel from which ``bind(launch)`` makes that function."""
+    """How one fused op or region runs: a kernel, else ``function(*args)`` of the op's own arguments, else (both None) its definition.
+
+    A kernel writes into outputs that it is given and allocates nothing. ``outputs`` says which values those are: the op's node, a region's
+    roots, for an op that returns a list one entry a result (`results`). Sizes, strides and dtype of a buffer are those of the fake value.
+    Without ``run`` the kernel is launched with [*outputs, *inputs], ``ints`` and ``floats``: the fast way, packed ahead of the call. With it
+    ``run(launch)`` is a function of (outs: list[Tensor], *ins) that calls ``launch(tensors, ints, floats)``.
+    """
 
     op: str
     reason: str
     name: str = "reference"
     function: Callable | None = None
+    node: Node | None = None  # the fused op; choose() fills it in
     kernel: Kernel | None = None
-    bind: Callable[[Callable], Callable] | None = None
+    inputs: list[Node] = dataclasses.field(default_factory=list)  # nodes of tensors, or of symbolic integers if there is a ``run``
+    outputs: list = dataclasses.field(default_factory=list)  # nodes; a fake tensor where nobody reads that output
+    ints: tuple = ()  # integers or nodes of symbolic ones
+    floats: tuple = ()
+    run: Callable[[Callable], Callable] | None = None
+    has_layout: bool = False  # the kernel holds its tensors' sizes and strides: none are passed
     interpreted: bool = False
-    inputs: list[Node] | None = None  # a region: the nodes that its function takes, in place of the op's arguments
+
+
+def results(node: Node) -> list:
+    """The outputs of an op that returns a list: for each its first getitem node, or the fake value where nobody reads it."""
+    found = list(value(node))
+    for user in reversed(node.users):
+        if user.target is operator.getitem:
+            found[user.args[1]] = user
+    return found
 
 
 def attention(node: Node, target: str, options: Options) -> Choice:
@@ -47,7 +68,7 @@ def attention(node: Node, target: str, options: Options) -> Choice:
     if dtype == torch.float64:
         return Choice("attention", "float64 has no kernel")
     width, value_width = int(width), int(value_width)  # a symbolic head dim becomes a guard: the kernel is made for one
-    choice = _generated("attention", target, tensors[0], _bind_attention, variant, q_dtype=dtype, capture_dtypes=[c.dtype for c in captured], capture_ranks=[c.dim() for c in captured],
+    choice = _generated("attention", target, node, [q, k, v, *captures], sizes, (), variant, q_dtype=dtype, capture_dtypes=[c.dtype for c in captured], capture_ranks=[c.dim() for c in captured],
                         head_dim=width, value_dim=value_width, num_sizes=len(sizes))
     if choice.kernel is None and (function := _library(variant)) is not None:
         return Choice("attention", choice.reason, "aten:scaled_dot_product_attention", function)
@@ -62,40 +83,20 @@ def rms_norm(node: Node, target: str, options: Options) -> Choice:
         return Choice("rms_norm", "options ask for it")
     if torch.float64 in (tensor.dtype, scale.dtype if scale is not None else None):
         return Choice("rms_norm", "float64 has no kernel")
-    out_dtype = value(node).dtype
-
-    def bind(launch):
-        def rms_norm_kernel(x, weight, eps, offset, cast):
-            out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-            launch([out, x] if weight is None else [out, x, weight], (), (eps, offset))
-            return out
-
-        return rms_norm_kernel
-
-    return _generated("rms_norm", target, tensor, bind, tensor.dtype, scale.dtype if scale is not None else None, tensor.dim(), cast)
+    return _generated("rms_norm", target, node, [x] if weight is None else [x, weight], (), (eps, offset), tensor.dtype, scale.dtype if scale is not None else None, tensor.dim(), cast)
 
 
 def pointwise(region: Region) -> Choice:
     """A region of pointwise ops as one C++ loop nest."""
     known = value(region.root)
-    sizes, strides = tuple(known.shape), tuple(known.stride())
-    expected = [tuple(value(n).stride()) for n in region.inputs]
-    kernel = cpp_pointwise.emit(region.index, region.expr, sizes=sizes, strides=strides, inputs=[(value(n).dtype, [value(n).stride(d) for d in kept_dims(n)]) for n in region.inputs])
-
-    def bind(launch):
-        def pointwise_kernel(*inputs):
-            out = torch.empty_strided(sizes, strides)
-            launch([out, *(x if x.stride() == stride else torch.empty_strided(x.shape, stride, dtype=x.dtype).copy_(x) for x, stride in zip(inputs, expected))], (), ())
-            return out
-
-        return pointwise_kernel
-
+    kernel = cpp_pointwise.emit(region.index, region.expr, sizes=tuple(known.shape), strides=tuple(known.stride()),
+                                inputs=[(value(n).dtype, [value(n).stride(d) for d in kept_dims(n)]) for n in region.inputs])
     ops = sum(1 for n in region.nodes if n.target not in VIEWS)
-    return Choice("pointwise", f"{ops} ops in one pass over memory", kernel=kernel, bind=bind, inputs=region.inputs)
+    return Choice("pointwise", f"{ops} ops in one pass over memory", kernel=kernel, inputs=region.inputs, outputs=[region.root], has_layout=True)
 
 
-def _generated(op: str, target: str, tensor: torch.Tensor, bind, *args, **kwargs) -> Choice:
-    """The kernel that codegen/{target}/{op}.emit makes; what it does not support runs on the definition."""
+def _generated(op: str, target: str, node: Node, inputs: list[Node], ints: Sequence, floats: Sequence, *args, **kwargs) -> Choice:
+    """The kernel that codegen/{target}/{op}.emit(*args, **kwargs) makes, launched with [node, *inputs], ints, floats; what it does not support runs on the definition."""
     if target == "triton" and not _has_triton():
         return Choice(op, "triton is not installed: pip install 'tileweld[gpu]'")
     emit = importlib.import_module(f"..codegen.{target}.{op}", __package__).emit  # triton is an optional dependency
@@ -104,8 +105,9 @@ def _generated(op: str, target: str, tensor: torch.Tensor, bind, *args, **kwargs
     except UnsupportedError as error:
         return Choice(op, error.what)
     kernel = dataclasses.replace(kernel, name=f"{kernel.name}_{hashlib.sha256(kernel.source.encode()).hexdigest()[:6]}")  # so that a report tells two apart
-    interpreted = target == "triton" and tensor.device.type == "cpu"
-    return Choice(op, "CPU tensors on the triton target: interpreted, for checking only" if interpreted else "generated for this op", kernel=kernel, bind=bind, interpreted=interpreted)
+    interpreted = target == "triton" and value(inputs[0]).device.type == "cpu"
+    return Choice(op, "CPU tensors on the triton target: interpreted, for checking only" if interpreted else "generated for this op", kernel=kernel, inputs=inputs, outputs=[node],
+                  ints=tuple(ints), floats=tuple(floats), interpreted=interpreted)
 
 
 def _has_triton() -> bool:
@@ -122,15 +124,6 @@ def _library(variant: Variant) -> Callable | None:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
 
     return scaled_dot_product_attention
-
-
-def _bind_attention(launch):
-    def attention_kernel(q, k, v, captures, sizes, *texts):
-        out = empty_output(q, v.shape[3])
-        launch([out, q, k, v, *captures], sizes, ())
-        return out
-
-    return attention_kernel
 
 
 #: op -> selector(node, target, options) -> Choice
