@@ -41,22 +41,26 @@ def _apply(name: str, gm: GraphModule, match: Match, options: Options, report: R
         try:
             new = match.build(gm.graph)
         except Unliftable as error:
-            problem = str(error)
+            problem, new = str(error), ()
+    roots, replacements = (root, *match.also), new if isinstance(new, tuple) else (new,)
     made = [node for node in gm.graph.nodes if node not in before]
     for node in made:
         node.meta.setdefault("stack_trace", root.meta.get("stack_trace"))
         node.meta["tileweld_rewrite"] = name
-    problem = problem or _changed_type(root, new)
+    problem = problem or next((p for old, new in zip(roots, replacements, strict=True) if (p := _changed_type(old, new))), None)
     if problem is None and options.verify:
-        problem = differs(gm, match.inputs, root, new)
+        problem = next((p for old, new in zip(roots, replacements) if (p := differs(gm, match.inputs, old, new))), None)
     if problem is not None:
         for node in reversed(made):
             if not node.users:
                 gm.graph.erase_node(node)
         _refuse(name, problem, source, "", options, report, number)
         return
-    root.replace_all_uses_with(new)
-    gm.graph.erase_node(root)
+    for old, new in zip(roots, replacements):
+        old.replace_all_uses_with(new)
+    for old in reversed(roots):
+        if not old.users:  # a root that a later root was computed from has no users any more
+            gm.graph.erase_node(old)
     report.fusions.append(Fusion(name, match.detail, source, number))
     log.get("passes").debug("%s: %s at %s", name, match.detail, source)
 

@@ -21,12 +21,14 @@ class Match:
     inputs: the nodes at which the replaced region starts (verification replays from there to root)
     build:  inserts the replacement before root and returns the node that takes root's place (same shape and dtype)
     detail: one line for the report, e.g. "score=0.125*s mask=j <= i"
+    also:   further nodes that are replaced, all after root in the graph; build then returns a tuple, root's node first
     """
 
     root: Node
     inputs: tuple[Node, ...]
-    build: Callable[[Graph], Node]
+    build: Callable[[Graph], Node | tuple[Node, ...]]
     detail: str = ""
+    also: tuple[Node, ...] = ()
 
 
 @dataclasses.dataclass
