@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch.fx import GraphModule, Node
 
+from ..codegen.expand import expand
 from ..codegen.regions import find_regions
 from ..runtime.build import CppUnit, compile_cpp
 from ..runtime.interpret import interpreted_entry
@@ -21,7 +23,7 @@ from .ir.lowered import Launch
 from .options import Options
 from .place import CannotPlace, Placer
 from .report import KernelUse, Report
-from .select import SELECTORS, Choice, pointwise
+from .select import SELECTORS, Choice, region
 
 
 def lower(gm: GraphModule, options: Options, report: Report, number: int) -> Callable:
@@ -63,7 +65,9 @@ def put(placer: Placer, choice: Choice, launchers: Mapping[str, Callable | None]
 
 
 def choose(gm: GraphModule, options: Options) -> list[Choice]:
-    """The implementation of every fused op and region of the graph; builds nothing and changes nothing."""
+    """The implementation of every fused op and region of the graph; ops that stand for several are replaced by their parts, nothing is built."""
+    if options.target in ("auto", "cpp"):
+        expand(gm, frozenset(SELECTORS) - {torch.ops.tileweld.rms_norm.default})
     choices = []
     for node in gm.graph.nodes:
         selector = SELECTORS.get(node.target) if node.op == "call_function" else None
@@ -71,7 +75,7 @@ def choose(gm: GraphModule, options: Options) -> list[Choice]:
             choices.append(choice := selector(node, target_of(node, options), options))
             choice.node = node
     regions = find_regions(gm) if options.target in ("auto", "cpp") else []
-    return choices + [pointwise(region) for region in regions]
+    return choices + [region(found) for found in regions]
 
 
 def target_of(node: Node, options: Options) -> str:

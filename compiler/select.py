@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.fx import Node
 
-from ..codegen.cpp import pointwise as cpp_pointwise
-from ..codegen.regions import Region, kept_dims
+from ..codegen.cpp import region as cpp_region
 from .errors import UnsupportedError
 from .ir import rms_norm as _rms_norm_op  # noqa: F401 (registers the op)
 from .ir.attention import Variant, variant_of
 from .ir.graph import value
 from .ir.kernel import Kernel
-from .ir.views import VIEWS
+from .ir.region import Region
 from .options import Options
 
 
@@ -86,13 +85,34 @@ def rms_norm(node: Node, target: str, options: Options) -> Choice:
     return _generated("rms_norm", target, node, [x] if weight is None else [x, weight], (), (eps, offset), tensor.dtype, scale.dtype if scale is not None else None, tensor.dim(), cast)
 
 
-def pointwise(region: Region) -> Choice:
-    """A region of pointwise ops as one C++ loop nest."""
-    known = value(region.root)
-    kernel = cpp_pointwise.emit(region.index, region.expr, sizes=tuple(known.shape), strides=tuple(known.stride()),
-                                inputs=[(value(n).dtype, [value(n).stride(d) for d in kept_dims(n)]) for n in region.inputs])
-    ops = sum(1 for n in region.nodes if n.target not in VIEWS)
-    return Choice("pointwise", f"{ops} ops in one pass over memory", kernel=kernel, inputs=region.inputs, outputs=[region.root], has_layout=True)
+def region(found: Region) -> Choice:
+    """A region as one generated kernel."""
+    body = found.body
+    reason = f"{body.ops} ops in one kernel"
+    try:
+        kernel = cpp_region.emit(body)
+    except UnsupportedError as error:
+        return Choice("region", error.what)
+    if not body.checks:
+        count = len(body.inputs)
+        return Choice("region", reason, kernel=kernel, inputs=found.inputs[:count], outputs=found.outputs, ints=tuple(found.inputs[count:]), has_layout=not body.sizes)
+    with value(found.outputs[0]).fake_mode:
+        status = torch.empty(1, dtype=torch.int32)
+    return Choice("region", reason, kernel=kernel, inputs=found.inputs, outputs=[*found.outputs, status], run=_checked(len(body.inputs)))
+
+
+def _checked(tensors: int):
+    """A kernel that reads positions from data says whether one was out of range."""
+    def run(launch):
+        def region_kernel(outs, *ins):
+            outs[-1].zero_()
+            launch([*outs, *ins[:tensors]], ins[tensors:], ())
+            if outs[-1].item():
+                raise IndexError("index out of range in self: an embedding or an index op reads beyond its table")
+
+        return region_kernel
+
+    return run
 
 
 def _generated(op: str, target: str, node: Node, inputs: list[Node], ints: Sequence, floats: Sequence, *args, **kwargs) -> Choice:

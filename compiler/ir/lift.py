@@ -143,6 +143,10 @@ class Lift:
         self.dots[symbol] = Dot(node, tuple(index), symbol, lhs, tuple(lhs_index), rhs, tuple(rhs_index), d, length)
         return symbol
 
+    def data_index(self, position, n, wraps: bool):
+        """A position in [0, n) that is read from data. Here such gathers stay with the model's own, which checks them; a kernel may check itself."""
+        raise Unliftable("a gather at positions that are data")
+
     def reduction_index(self, length):
         """A new index over [0, length)."""
         d = Symbol(f"d{len(self.dots)}", integer=True, nonnegative=True)

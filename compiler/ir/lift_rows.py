@@ -11,7 +11,7 @@ from sympy import And, Integer
 
 from . import scalar as sc
 from .graph import argument, shape, value
-from .index import clamp_index, within, wrap_index
+from .index import clamp_index, wrap_index
 from .lift import Unliftable, aten, row
 from .views import VIEWS
 
@@ -43,6 +43,48 @@ def _gelu(lift, node, index):
         inner = sc.mul(sc.number(math.sqrt(2 / math.pi)), sc.add(x, sc.mul(sc.number(0.044715), sc.mul(x, sc.mul(x, x)))))
         return sc.mul(sc.mul(sc.number(0.5), x), sc.add(sc.unary("tanh", inner), Integer(1)))
     return sc.mul(sc.mul(sc.number(0.5), x), sc.add(sc.unary("erf", sc.mul(sc.number(math.sqrt(0.5)), x)), Integer(1)))
+
+
+# ---------------------------------------------------------------- gradients of activations: (incoming gradient, what the activation saved)
+
+
+@row(aten.silu_backward.default)
+def _silu_backward(lift, node, index):
+    g, x = (lift.at(a, index) for a in node.args)
+    s = sc.unary("sigmoid", x)
+    return sc.mul(g, sc.mul(s, sc.add(Integer(1), sc.mul(x, sc.sub(Integer(1), s)))))
+
+
+@row(aten.gelu_backward.default)
+def _gelu_backward(lift, node, index):
+    g, x = (lift.at(a, index) for a in node.args[:2])
+    half, one = sc.number(0.5), Integer(1)
+    if argument(node, 2, "approximate", "none") == "tanh":
+        c, a = sc.number(math.sqrt(2 / math.pi)), sc.number(0.044715)
+        t = sc.unary("tanh", sc.mul(c, sc.add(x, sc.mul(a, sc.mul(x, sc.mul(x, x))))))
+        slope = sc.mul(sc.sub(one, sc.mul(t, t)), sc.mul(c, sc.add(one, sc.mul(sc.number(3 * 0.044715), sc.mul(x, x)))))
+        return sc.mul(g, sc.add(sc.mul(half, sc.add(one, t)), sc.mul(sc.mul(half, x), slope)))
+    density = sc.mul(sc.number(1 / math.sqrt(2 * math.pi)), sc.unary("exp", sc.mul(sc.number(-0.5), sc.mul(x, x))))
+    distribution = sc.mul(half, sc.add(one, sc.unary("erf", sc.mul(sc.number(math.sqrt(0.5)), x))))
+    return sc.mul(g, sc.add(distribution, sc.mul(x, density)))
+
+
+@row(aten.tanh_backward.default)
+def _tanh_backward(lift, node, index):
+    g, y = (lift.at(a, index) for a in node.args)
+    return sc.mul(g, sc.sub(Integer(1), sc.mul(y, y)))
+
+
+@row(aten.sigmoid_backward.default)
+def _sigmoid_backward(lift, node, index):
+    g, y = (lift.at(a, index) for a in node.args)
+    return sc.mul(g, sc.mul(y, sc.sub(Integer(1), y)))
+
+
+@row(aten.threshold_backward.default)
+def _threshold_backward(lift, node, index):
+    g, x = (lift.broadcast(a, index) for a in node.args[:2])
+    return sc.select(sc.relation("<=", x, lift.at(node.args[2])), Integer(0), g)
 
 
 # ---------------------------------------------------------------- constants and positions
@@ -207,14 +249,16 @@ def _slice_scatter(lift, node, index):
 # ---------------------------------------------------------------- gathers
 
 
-def _gather(lift, node, source, source_index_, dims):
-    """An element at computed positions. Positions that are data stay with the model's own gather, which checks them."""
+def _gather(lift, node, source, source_index_, dims, wraps=False):
+    """An element at computed positions; wraps: negative ones count from the end. Positions that are data need a check: `Lift.data_index`."""
     sizes = shape(source)
     for d in dims:
-        if not within(source_index_[d], sizes[d], lift.ranges):
-            if source_index_[d].has(sc.load):
-                raise Unliftable("a gather at positions that are data")
-            source_index_[d] = clamp_index(source_index_[d], sizes[d], lift.ranges)
+        if source_index_[d].has(sc.load):
+            source_index_[d] = lift.data_index(source_index_[d], sizes[d], wraps)
+            continue
+        if wraps:
+            source_index_[d] = wrap_index(source_index_[d], sizes[d], lift.ranges)
+        source_index_[d] = clamp_index(source_index_[d], sizes[d], lift.ranges)
     return lift.at(source, source_index_)
 
 
@@ -251,10 +295,10 @@ def _index(lift, node, index):
             position = lift.broadcast(indices[k], block)
             if sc.is_bool(position):
                 position = sc.select(position, Integer(1), Integer(0))
-            result.append(wrap_index(position, sizes[k], lift.ranges) if not position.has(sc.load) else position)
+            result.append(position)
         else:
             result.append(before.pop(0) if before else after.pop(0))
-    return _gather(lift, node, source, result, advanced)
+    return _gather(lift, node, source, result, advanced, wraps=True)
 
 
 # ---------------------------------------------------------------- contractions

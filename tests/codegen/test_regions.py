@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from tileweld.codegen.cpp.pointwise import _pieces
+from tileweld.codegen.cpp.region import _pieces
 from tileweld.compiler.backend import tileweld
 from tileweld.compiler.ir.parser import parse
 from tileweld.compiler.report import Report
@@ -20,7 +20,7 @@ def run(f, *inputs, **options):
     with torch.no_grad():
         result = torch.compile(f, backend=functools.partial(tileweld, options=options, report=report), dynamic=False)(*inputs)
     assert not report.warnings
-    return result, [u for u in report.kernels if u.op == "pointwise"]
+    return result, [u for u in report.kernels if u.op == "region"]
 
 
 def rotary(x, cos, sin):

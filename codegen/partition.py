@@ -1,0 +1,287 @@
+"""Which nodes of a graph behind AOT share a kernel.
+
+Three ideas. *Depth*: how many calls that stay calls (matmuls, attention, library ops) lie before a node; nodes of one depth cannot
+depend on each other through one, so groups of one depth are convex but for each other. *Space*: a group runs over one index
+space: pointwise nodes of one number of elements, reductions over the same columns of it, and values of its rows. *Free* nodes
+(positions, masks, constants: nothing is read) belong to no group; whoever needs one computes it.
+
+Views are never materialised: a value is lifted through them, and a group's result that is needed as a view is stored as it is
+and viewed outside.
+"""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import networkx as nx
+import sympy
+import torch
+from torch.fx import GraphModule, Node
+
+from ..compiler.ir.graph import is_tensor, shape, value
+from ..compiler.ir.lift import POINTWISE, ROWS
+from ..compiler.ir.views import VIEWS
+
+aten = torch.ops.aten
+#: op -> kind; over dims args[1], kept if args[2]
+REDUCTIONS = {aten.sum.dim_IntList: "sum", aten.mean.dim: "sum", aten.amax.default: "max", aten.amin.default: "min", aten.sum.default: "sum", aten.mean.default: "sum"}
+#: rows of the lifting table that compute or place values; contractions stay calls
+PLACING = {aten.cat.default, aten.full.default, aten.full_like.default, aten.new_full.default, aten.scalar_tensor.default, aten.arange.default, aten.arange.start, aten.arange.start_step, aten.ones.default, aten.zeros.default,
+           aten.ones_like.default, aten.zeros_like.default, aten.new_zeros.default, aten.new_ones.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default,
+           aten.silu.default, aten.gelu.default, aten._to_copy.default, aten.to.dtype, aten.tril.default, aten.triu.default, aten.embedding.default, aten.index_select.default, aten.index.Tensor,
+           aten.select_scatter.default, aten.slice_scatter.default, aten.silu_backward.default, aten.gelu_backward.default, aten.threshold_backward.default, aten.tanh_backward.default,
+           aten.sigmoid_backward.default, aten.div.Tensor_mode, aten.div.Scalar_mode}
+COPIES = {aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_EXPENSIVE = {aten.exp.default, aten.exp2.default, aten.log.default, aten.tanh.default, aten.sigmoid.default, aten.sin.default, aten.cos.default, aten.erf.default, aten.silu.default, aten.gelu.default, aten.pow.Tensor_Scalar,
+              aten.pow.Scalar, aten.pow.Tensor_Tensor, aten.embedding.default, aten.index.Tensor, aten.index_select.default}
+
+
+def is_view(node: Node) -> bool:
+    """Does the node only rename its input's elements, without a copy?"""
+    return node.op == "call_function" and node.target in VIEWS and node.target not in COPIES and node.target not in (aten.repeat.default, aten.repeat_interleave.self_int, aten.flip.default)
+
+
+def computes(node: Node, device: str) -> bool:
+    """May the node be part of a kernel?"""
+    if node.op != "call_function" or not is_tensor(node) or is_view(node):
+        return False
+    known = value(node)
+    if known.device.type != device or known.dtype not in DTYPES or type(known).__name__ != "FakeTensor" or known.layout != torch.strided:
+        return False
+    if not (node.target in POINTWISE or node.target in PLACING or node.target in COPIES or node.target in REDUCTIONS or node.target in (aten.repeat.default, aten.flip.default)):
+        return False
+    if node.target in REDUCTIONS and not known.dtype.is_floating_point:
+        return False
+    return all(value(a).dtype in DTYPES for a in node.all_input_nodes if is_tensor(a)) and 0 not in known.shape
+
+
+def numel(node: Node) -> sympy.Expr:
+    return sympy.Mul(*shape(node))
+
+
+def reduced_dims(node: Node) -> tuple[int, ...]:
+    """The dims of its input over which a reduction runs."""
+    rank = len(shape(node.args[0]))
+    dims = node.args[1] if len(node.args) > 1 and node.target not in (aten.sum.default, aten.mean.default) else None
+    dims = [dims] if isinstance(dims, int) else dims
+    return tuple(sorted(d % rank for d in dims)) if dims else tuple(range(rank))
+
+
+@dataclasses.dataclass(eq=False)
+class Group:
+    """Nodes that share an index space. full: its number of elements; rows: that of a reduction's result, None without one."""
+
+    depth: int
+    full: sympy.Expr
+    rows: sympy.Expr | None = None
+    columns: sympy.Expr | None = None
+    nodes: list[Node] = dataclasses.field(default_factory=list)
+
+    def takes(self, node: Node) -> bool:
+        """Does a node run over this space?"""
+        if node.target in REDUCTIONS:
+            rows = numel(node)
+            return numel(node.args[0]) == self.full and (self.rows is None or self.rows == rows)
+        return numel(node) in (self.full, self.rows)
+
+
+def _is_larger(a, b) -> bool:
+    if a.is_Integer and b.is_Integer:
+        return a >= 4 * b
+    return b.is_Integer or bool(sympy.cancel(a / b).is_Integer and sympy.cancel(a / b) >= 4)
+
+
+class Partition:
+    """Groups of a graph. ``outside``: nodes that must stay calls."""
+
+    def __init__(self, gm: GraphModule, outside: set[Node], device: str):
+        self.order = {node: k for k, node in enumerate(gm.graph.nodes)}
+        self.computed = {node for node in gm.graph.nodes if node not in outside and computes(node, device)}
+        self.written = _written(gm)
+        self.free = self._free(gm)
+        self.depth = self._depths(gm)
+        self.group_of: dict[Node, Group] = {}
+        self.before = nx.DiGraph()  # group -> group that reads it, within one depth
+        for node in gm.graph.nodes:
+            if node in self.computed and node not in self.free:
+                self._place(node)
+        for node in gm.graph.nodes:  # a free node that a call needs is computed once, with what leads to it
+            if node in self.free and node in self.computed and any(user not in self.computed for user in _readers(node)):
+                chain = [a for a in gm.graph.nodes if a in self.computed and a in self._ancestors(node)]
+                group = Group(self.depth[node], numel(node), nodes=[*chain, node])
+                self.before.add_node(group)
+                self.group_of[node] = group
+
+    def _ancestors(self, node) -> set[Node]:
+        found, stack = set(), list(node.all_input_nodes)
+        while stack:
+            a = stack.pop()
+            if a in self.free and a not in found:
+                found.add(a)
+                stack += a.all_input_nodes
+        return found
+
+    def groups(self) -> list[Group]:
+        """In the order of their first nodes."""
+        found = dict.fromkeys(self.group_of[n] for n in sorted(self.group_of, key=self.order.__getitem__))
+        return list(found)
+
+    # ---- what is known of a node before it is placed
+
+    def _free(self, gm) -> set[Node]:
+        """Nodes that read nothing and compute nothing dear (positions, constants, masks of them), and small ones that large ones broadcast (1 + weight)."""
+        free: set[Node] = set()
+        for node in gm.graph.nodes:
+            tensors = [a for a in node.all_input_nodes if is_tensor(a)]
+            cheap = node in self.computed and node.target not in _EXPENSIVE and node.target not in REDUCTIONS or is_view(node)
+            if cheap and (all(a in free for a in tensors) or (all(a in free or a.op in ("placeholder", "get_attr") for a in tensors) and self._is_spread(node))):
+                free.add(node)
+        return free
+
+    def _is_spread(self, node) -> bool:
+        """Do all users run over at least four times as many elements?"""
+        stack, own = list(node.users), numel(node)
+        while stack:
+            user = stack.pop()
+            if is_view(user):
+                stack += user.users
+            elif user not in self.computed or user.target in REDUCTIONS or not _is_larger(numel(user), own):
+                return False
+        return not is_view(node) and bool(node.users)
+
+    def _depths(self, gm) -> dict[Node, int]:
+        depth: dict[Node, int] = {}
+        for node in gm.graph.nodes:
+            inside = node in self.computed or is_view(node)
+            depth[node] = max((depth[a] for a in node.all_input_nodes), default=0)
+            if not inside and node.op == "call_function" and is_tensor_result(node):
+                depth[node] += 1
+        for node in reversed(gm.graph.nodes):  # a value that nobody needs before a later depth is computed there, if that keeps nothing alive longer
+            if node in self.computed and node not in self.free and node.users:
+                wanted = min((depth[u] - (0 if u in self.computed or is_view(u) else 1) if u.op != "output" else depth[node]) for u in node.users)
+                if wanted > depth[node] and self._may_wait(node):
+                    depth[node] = wanted
+            elif is_view(node) and node.users:
+                depth[node] = max(depth[node], min((depth[u] if u.op != "output" else depth[node]) for u in node.users))
+        return depth
+
+    def _may_wait(self, node) -> bool:
+        inputs = [a for a in node.all_input_nodes if is_tensor(a)]
+        kept = sum((numel(a) for a in inputs if a.op not in ("placeholder", "get_attr")), sympy.Integer(0))
+        return bool((numel(node) - kept).is_nonnegative) and not any(a in self.written for a in inputs)
+
+    def producers(self, node) -> list[Node]:
+        """The computed nodes behind a node, through views."""
+        found, stack = [], list(node.all_input_nodes)
+        while stack:
+            a = stack.pop()
+            if is_view(a):
+                stack += a.all_input_nodes
+            elif a in self.group_of and a not in found:
+                found.append(a)
+        return found
+
+    # ---- placing
+
+    def _place(self, node) -> None:
+        mine = [self.group_of[p] for p in self.producers(node) if self.group_of[p].depth == self.depth[node]]
+        mine = list(dict.fromkeys(mine))
+        group = None
+        for candidate in mine:
+            if candidate.takes(node) and self._may_join(candidate, mine):
+                group = candidate
+                break
+        if group is None:
+            reduces = node.target in REDUCTIONS
+            group = Group(self.depth[node], numel(node.args[0]) if reduces else numel(node))
+            self.before.add_node(group)
+        if node.target in REDUCTIONS and group.rows is None:
+            group.rows = numel(node)
+        group.nodes.append(node)
+        self.group_of[node] = group
+        for other in mine:
+            if other is not group:
+                self._join(other, group) if self._can_merge(other, group) else self.before.add_edge(other, group)
+
+    def _may_join(self, group, mine) -> bool:
+        """No other producer's group may need this one's results."""
+        return all(other is group or not nx.has_path(self.before, group, other) for other in mine)
+
+    def _can_merge(self, first, second) -> bool:
+        """Two groups of one space with nothing in between."""
+        if first.full != second.full and not (second.rows is None and second.full == first.rows):
+            return False
+        if first.rows is not None and second.rows is not None and first.rows != second.rows:
+            return False
+        return not any(s is not second and nx.has_path(self.before, s, second) for s in self.before.successors(first)) and not nx.has_path(self.before, second, first)
+
+    def _join(self, first, second) -> None:
+        """first's nodes move to second."""
+        for node in first.nodes:
+            self.group_of[node] = second
+        second.nodes = first.nodes + second.nodes
+        second.full = first.full
+        second.rows = first.rows if first.rows is not None else second.rows
+        for s in self.before.successors(first):
+            if s is not second:
+                self.before.add_edge(second, s)
+        for p in self.before.predecessors(first):
+            if p is not second:
+                self.before.add_edge(p, second)
+        self.before.remove_node(first)
+
+    def siblings(self, groups: list[Group], reads: Callable[[Group], set[Node]]) -> list[list[Group]]:
+        """Groups of one depth that read a tensor in common and do not depend on each other: bundles that share a launch."""
+        bundles: list[list[Group]] = []
+        for group in groups:
+            for bundle in bundles:
+                if bundle[0].depth == group.depth and any(reads(group) & reads(other) for other in bundle) and not any(
+                        nx.has_path(self.before, a, b) for x in bundle for a, b in ((x, group), (group, x))):
+                    bundle.append(group)
+                    break
+            else:
+                bundles.append([group])
+        return bundles
+
+
+def _readers(node: Node) -> list[Node]:
+    """The users of a node, through views."""
+    found, stack = [], list(node.users)
+    while stack:
+        user = stack.pop()
+        if is_view(user):
+            stack += user.users
+        else:
+            found.append(user)
+    return found
+
+
+def is_tensor_result(node: Node) -> bool:
+    """Does a call make new tensors (a tensor, or a tuple of them)? getitem does not."""
+    known = node.meta.get("val")
+    return getattr(node.target, "__name__", "") != "getitem" and (isinstance(known, torch.Tensor) or isinstance(known, (tuple, list)))
+
+
+def _written(gm) -> set[Node]:
+    """Tensors that the graph writes in place, with their views: a kernel that moves must not read them."""
+    written: set[Node] = set()
+    for node in gm.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function" and schema is not None and schema.is_mutable:
+            for a, argument in zip(node.args, schema.arguments):
+                if isinstance(a, Node) and argument.alias_info is not None and argument.alias_info.is_write:
+                    written.add(a)
+    changed = True
+    while changed:
+        changed = False
+        for node in gm.graph.nodes:
+            if is_view(node) and node not in written and any(a in written for a in node.all_input_nodes):
+                written.add(node)
+                changed = True
+            if is_view(node) and node in written:
+                for a in node.all_input_nodes:
+                    if is_tensor(a) and a not in written:
+                        written.add(a)
+                        changed = True
+    return written
