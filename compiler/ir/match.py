@@ -88,11 +88,19 @@ def _mean(t: Term) -> Term | None:
     return Term(aten.mean.dim, (*total.args[:2], argument(total, 2, "keepdim", False)), (*t.nodes, total)) if equal else None
 
 
+def _variance(t: Term) -> Term | None:
+    """var(x, dims, correction=0 or 1)  ->  var(x, dims, unbiased=False or True)"""
+    x, dims, correction, keepdim = t.args
+    correction = 1 if correction is None else correction
+    return Term(aten.var.dim, (x, dims, correction == 1, keepdim), t.nodes) if dims and correction in (0, 1) else None
+
+
 READINGS: dict[object, tuple[Callable[[Term], Term | None], ...]] = {
     aten.pow.Tensor_Scalar: (_root_power,),
     aten.reciprocal.default: (_root_inverse,),
     aten.div.Tensor: (_quotient, _mean),
     aten.mul.Tensor: (_mean,),
+    aten.var.correction: (_variance,),
 }
 
 
