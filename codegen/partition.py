@@ -113,6 +113,23 @@ class Partition:
                 self.before.add_node(group)
                 self.group_of[node] = group
 
+        for group in reversed(self.groups()):
+            self._sink(group)
+
+    def _sink(self, group: Group) -> None:
+        """A group that one other alone reads is computed there, at each place where it is read: a half negated for rotary's cat, a slice."""
+        if group.rows is not None or any(n in self.free for n in group.nodes):
+            return
+        inside = set(group.nodes)
+        readers = [user for node in group.nodes for user in _readers(node) if user not in inside]
+        homes = {self.group_of.get(user) for user in readers}
+        if len(homes) != 1 or None in homes or (home := homes.pop()).depth != group.depth:
+            return
+        once = len({id(user) for user in readers}) == len(readers) and all(user.target is aten.cat.default for user in readers)
+        if not once and any(n.target in _EXPENSIVE for n in group.nodes) and not (group.full == home.full and len(readers) == 1):
+            return
+        self._join(group, home, keeps_space=True)
+
     def _ancestors(self, node) -> set[Node]:
         found, stack = set(), list(node.all_input_nodes)
         while stack:
@@ -216,13 +233,14 @@ class Partition:
             return False
         return not any(s is not second and nx.has_path(self.before, s, second) for s in self.before.successors(first)) and not nx.has_path(self.before, second, first)
 
-    def _join(self, first, second) -> None:
+    def _join(self, first, second, keeps_space: bool = False) -> None:
         """first's nodes move to second."""
         for node in first.nodes:
             self.group_of[node] = second
         second.nodes = first.nodes + second.nodes
-        second.full = first.full
-        second.rows = first.rows if first.rows is not None else second.rows
+        if not keeps_space:
+            second.full = first.full
+            second.rows = first.rows if first.rows is not None else second.rows
         for s in self.before.successors(first):
             if s is not second:
                 self.before.add_edge(second, s)

@@ -81,7 +81,6 @@ def test_special_values_propagate():
 @pytest.mark.parametrize("f, inputs", [
     (lambda x: x + 1, [torch.randn(4, 4)]),  # one op saves nothing
     (lambda x: (x.double() + 1) * 2, [torch.randn(4, 4)]),
-    (lambda x: (x + 1) * 2, [torch.randn(4, 4, dtype=torch.bfloat16)]),  # eager rounds between ops
     (lambda x: (x + 1) * 2, [torch.randn(0, 4)]),
 ])
 def test_stays_with_aten(f, inputs):
@@ -90,14 +89,14 @@ def test_stays_with_aten(f, inputs):
     torch.testing.assert_close(got, f(*inputs))
 
 
-def test_two_readers_make_two_roots():
+def test_a_value_that_others_read_is_one_more_output():
     def f(x, w):
         y = torch.tanh(x) * 2
         return y @ w + 1, (y + 1) * 3
 
     x, w = torch.randn(8, 8), torch.randn(8, 8)
     got, kernels = run(f, x, w)
-    assert len(kernels) == 2
+    assert [k.reason for k in kernels] == ["4 ops in one kernel"]
     for a, b in zip(got, f(x, w)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -112,9 +111,9 @@ def test_equal_layers_share_a_kernel():
 def test_pieces_of_the_innermost_loop(condition, cuts):
     """Cut where the condition changes, and nowhere else; checked against the condition itself."""
     x = Symbol("j", integer=True, nonnegative=True)
-    pieces = _pieces(parse(f"where({condition}, c0[j], c1[j])"), x, 0, 16, {})
+    pieces = _pieces([parse(f"where({condition}, c0[j], c1[j])")], x, 0, 16, {})
     assert [low for low, _, _ in pieces] == [0, *cuts]
-    for low, high, expr in pieces:
+    for low, high, [expr] in pieces:
         held = {bool(eval(condition, {"j": j, "mod": lambda a, b: a % b})) for j in range(low, high)}
         assert len(held) == 1 or condition.startswith("mod")
         if cuts:
