@@ -2,11 +2,18 @@
 
 A rewrite is a module with NAME and find(graph), see compiler/ir/rewrite.py; a normalisation has transform(gm) instead.
 """
-from . import attention, canonicalise, layer_norm, rms_norm
+from . import attention, canonicalise, cross_entropy, gated_mlp, layer_norm, layer_norm_linear, linear, linear_epilogue, qkv_rotary, rms_norm, rms_norm_linear
 
 PIPELINE = (
     canonicalise,  # first: what means the same is spelled the same, and nothing is written in place any more
     attention,  # softmax(score(q k^T)) v -> tileweld::attention
     layer_norm,  # (x - mean) / sqrt(var + eps) w + b, spelled out -> aten.layer_norm, which the passes below look for
     rms_norm,  # x rsqrt(mean(x^2) + eps) w -> tileweld::rms_norm
+    cross_entropy,  # loss(float(softcap(logits)), targets) -> tileweld::cross_entropy; before a matmul takes the cap into its epilogue
+    gated_mlp,  # act(gate(x)) * up(x) -> tileweld::linear; before the passes that would take gate or up alone
+    qkv_rotary,  # the other linears of one x, with rotary on what has it -> tileweld::linear
+    linear_epilogue,  # a linear and the pointwise chain behind it -> tileweld::linear
+    linear,  # every other product with a weight -> tileweld::linear; what is left are products of activations
+    rms_norm_linear,  # a norm that matmuls alone read -> their prologue; after them, since it asks who reads the norm
+    layer_norm_linear,  # the same for layer norms
 )

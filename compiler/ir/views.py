@@ -4,13 +4,15 @@ Used to lift values through views, and to find the tensor behind q, k and v (a k
 """
 from __future__ import annotations
 
+import operator
+
 import sympy
 import torch
 from sympy import Integer
 from torch.fx import Node
 
 from . import scalar as sc
-from .graph import argument, shape
+from .graph import argument, shape, size
 from .index import reindex, within
 from .unliftable import Unliftable
 
@@ -97,6 +99,24 @@ def _select(lift, node, index):
     elif not position.is_nonnegative:
         raise Unliftable("a select whose index has an unknown sign")
     return node.args[0], [*index[:dim], position, *index[dim:]]
+
+
+_PARTS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.tensor_split.sections, aten.unbind.int)
+
+
+@view(operator.getitem)
+def _part(lift, node, index):
+    """One of the tensors that a split gives: chunk(x, 2, dim)[1]."""
+    split, k = node.args
+    if not isinstance(split, Node) or split.target not in _PARTS or not isinstance(k, int):
+        raise Unliftable("an element of a list")
+    source, parts = split.args[0], split.meta["val"]
+    unbinds = split.target is aten.unbind.int
+    dim, k = argument(split, 1 if unbinds else 2, "dim", 0) % len(shape(source)), k % len(parts)
+    if unbinds:
+        return source, [*index[:dim], Integer(k), *index[dim:]]
+    first = sympy.Add(*(size(p.shape[dim]) for p in parts[:k]))
+    return source, [*index[:dim], first + index[dim], *index[dim + 1:]]
 
 
 @view(aten.flip.default)

@@ -1,0 +1,241 @@
+"""Building ``tileweld::linear`` from streams of one x: weights, captures and sizes shared, outputs shaped as the model has them."""
+from __future__ import annotations
+
+import dataclasses
+import operator
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+from . import linear as _linear_op  # noqa: F401 (registers the op)
+from . import scalar as sc
+from .columns import Accumulator, Element, Epilogue, epilogue
+from .graph import insert, is_call, is_tensor, shape, value
+from .layout import size_node, sizes_of_nodes
+from .parser import parse
+from .printer import text
+from .products import Product, Writes, late
+from .rewrite import Match, Refused
+from .streams import Stream, candidates
+from .unliftable import Unliftable
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One output of the op to be: a stream and its epilogue."""
+
+    stream: Stream
+    epilogue: Epilogue
+
+
+def longest(start: Node, product: Product, siblings=None, wanted=lambda found: True, reasons: list | None = None) -> Output | None:
+    """The longest stream from ``start`` that has an epilogue for which ``wanted`` holds; why longer ones have none is added to ``reasons``."""
+    for stream in candidates(start, product, siblings):
+        try:
+            found = Output(stream, epilogue(stream))
+        except Unliftable as error:
+            if reasons is not None:
+                reasons.append((str(error), stream.root))
+            continue
+        if wanted(found):
+            return found
+    return None
+
+
+def match(outputs: list[Output], detail: str, writes: Writes, outside: set[Node]) -> Match:
+    """The Match that puts one op in the place of these streams. ``outside``: nodes whose layout somebody outside sees. Raises Refused."""
+    outputs = sorted(outputs, key=lambda o: o.stream.root)
+    roots = [o.stream.root for o in outputs]
+    products = {p.node: p for o in outputs for p in o.stream.products}
+    x = next(iter(products.values())).x
+    inputs = tuple(dict.fromkeys(n for o in outputs for n in o.stream.inputs))
+    moved = late(roots[0], inputs, set(roots))
+    if moved is None:
+        raise Refused("an input of the fused matmul is computed from one of its results, or cannot be computed before it", roots[0])
+    if (node := writes.between(min(products), roots[-1], (*inputs, *(n for o in outputs for n in o.stream.inside)))) is not None:
+        raise Refused(f"{node.target} between the matmul and its epilogue writes to memory that they read, or changes the gradient or autocast mode", node)
+
+    def build(graph: Graph):
+        for node in moved:
+            roots[0].prepend(node)
+        made = tuple(_build(graph, x, sorted(outputs, key=_columns), outputs, outside))
+        return made if len(made) > 1 else made[0]
+
+    starts = [rows_of(n) if any(n is p.x for p in products.values()) else n for n in inputs if is_tensor(n)]
+    return Match(roots[0], tuple(dict.fromkeys(starts)), build, detail, tuple(roots[1:]))
+
+
+def _columns(output: Output):
+    """Outputs stand in the order of their weights: q, k, v."""
+    a = output.epilogue.accumulators[0]
+    return output.stream.products[a.product].node, a.offset
+
+
+def _build(graph: Graph, x: Node, outputs: list[Output], roots: list[Output], outside: set[Node]) -> list[Node]:
+    products = {p.node: p for o in outputs for p in o.stream.products}
+    sources = sizes_of_nodes([p.x for p in products.values()] + [n for o in outputs for n in o.stream.border if is_tensor(n)])
+    rows = flattened(graph, x, sources)
+    table = _Arguments(graph, sources)
+    texts = [table.text(o) for o in outputs]
+    pairs = [n for o in outputs for n in o.epilogue.pair]
+    op = insert(graph, torch.ops.tileweld.linear.default, rows, table.weights, table.captures, table.sizes, "", 0.0, "x", texts, pairs)
+    made = []
+    for o in roots:
+        item = insert(graph, operator.getitem, op, outputs.index(o))
+        made.append(_shaped(graph, item, o, sources, o.stream.root in outside))
+    for o in outputs:
+        _forget_sizes(graph, o.stream, sources)
+    return made
+
+
+def rows_of(x: Node) -> Node:
+    """The tensor that x is a reshape of, as long as the rows stay whole: [M, K] where the model, or another op's result, has that."""
+    while len(shape(x)) != 2 and is_call(x, aten.reshape.default) and shape(x.args[0])[-1:] == shape(x)[-1:]:
+        x = x.args[0]
+    return x
+
+
+def flattened(graph: Graph, x: Node, sources) -> Node:
+    """x [..., K] as [M, K]."""
+    x = rows_of(x)
+    sizes = shape(x)
+    if len(sizes) == 2:
+        return x
+    return insert(graph, aten.reshape.default, x, [size_node(graph, sympy.Mul(*sizes[:-1]), sources), size_node(graph, sizes[-1], sources)])
+
+
+class _Arguments:
+    """Weights, captures and sizes of the op, each once, however many outputs use it."""
+
+    def __init__(self, graph: Graph, sources):
+        self.graph, self.sources = graph, sources
+        self.weights: list[Node] = []
+        self.captures: list[Node] = []
+        self.sizes: list = []
+        self._known: dict = {}
+
+    def text(self, output: Output) -> str:
+        stream, found = output.stream, output.epilogue
+        names = {}
+        for k, a in enumerate(found.accumulators):
+            number = self._weight(stream.products[a.product], a, found.width)
+            names |= {sc.accumulator_symbol(f"{letter}{k}"): sc.accumulator_symbol(f"{letter}{number}") for letter in "ap"}
+        for element in found.elements:
+            names[element.symbol] = sc.capture_symbol(self._capture(stream, element, found.width), bool(element.symbol.is_integer))
+        for symbol, n in found.sizes:
+            names[symbol] = sc.size_symbol(self._size(n))
+        fresh = {old: sympy.Dummy(integer=old.is_integer, real=old.is_real) for old in names}  # all at once: a0 may become a1, and a1 a0
+        e = found.expr.xreplace(fresh).xreplace({fresh[old]: new for old, new in names.items()})
+        integers = frozenset(k for k, c in enumerate(self.captures) if not value(c).dtype.is_floating_point)
+        return text(parse(text(e), integers))  # the normal form
+
+    def _once(self, key, values: list, build) -> int:
+        if key not in self._known:
+            self._known[key] = len(values)
+            values.append(build())
+        return self._known[key]
+
+    def _weight(self, p: Product, a: Accumulator, width: int) -> int:
+        def build():
+            w = p.weight
+            if (a.offset, a.step) != (0, 1) or width != p.width:
+                w = insert(self.graph, aten.slice.Tensor, w, int(p.transposed), a.offset, a.offset + a.step * (width - 1) + 1, a.step)
+            return insert(self.graph, aten.permute.default, w, [1, 0]) if p.transposed else w
+
+        return self._once(("weight", p.node, a, width), self.weights, build)
+
+    def _capture(self, stream: Stream, element: Element, width: int) -> int:
+        if element.number >= 0:
+            node = stream.border[element.number]
+            return self._once(("capture", node, element.runs), self.captures, lambda: self._viewed(node, element.runs))
+        p, a = stream.products[-1 - element.number], element.accumulator
+
+        def bias():
+            whole = (a.offset, a.step) == (0, 1) and width == p.width
+            return p.bias if whole else insert(self.graph, aten.slice.Tensor, p.bias, 0, a.offset, a.offset + a.step * (width - 1) + 1, a.step)
+
+        return self._once(("bias", p.node, a, width), self.captures, bias)
+
+    def _viewed(self, node: Node, runs):
+        """The tensor without dims of size one, its runs merged: a view."""
+        sizes = [n for n in shape(node) if n != 1]
+        wanted = [sympy.Mul(*sizes[a:b]) for a, b in runs]
+        if len(sizes) == len(shape(node)) and len(wanted) == len(sizes):
+            return node
+        return insert(self.graph, aten.reshape.default, node, [size_node(self.graph, n, self.sources) for n in wanted])
+
+    def _size(self, n) -> int:
+        return self._once(("size", n), self.sizes, lambda: size_node(self.graph, n, self.sources))
+
+
+def _shaped(graph: Graph, item: Node, output: Output, sources, is_seen: bool) -> Node:
+    """[M, N] as the root has it: its dims are brought in row-major order of rows and columns, and permuted."""
+    root, found = output.stream.root, output.epilogue
+    dims = shape(root)
+    order = [k for k, n in enumerate(dims) if n == 1]
+    order = [*order, *found.rows, *found.columns]
+    if sorted(order) != list(range(len(order))) or order != sorted(order):
+        ones = iter(order[:len(order) - len(found.rows) - len(found.columns)])
+        order = _with_ones(list(ones), [*found.rows, *found.columns])
+    sizes = [dims[k] for k in order]
+    if len(sizes) != 2 or sizes != shape(item):
+        item = insert(graph, aten.reshape.default, item, [size_node(graph, n, sources) for n in sizes])
+    back = [order.index(k) for k in range(len(order))]
+    if back != list(range(len(back))):
+        item = insert(graph, aten.permute.default, item, back)
+    if is_seen and value(item).stride() != value(root).stride():
+        if not value(root).is_contiguous():
+            raise Unliftable(f"the result leaves the graph with the strides {value(root).stride()}, the fused op's are {value(item).stride()}")
+        item = insert(graph, aten.contiguous.default, item)
+    return item
+
+
+def _with_ones(ones: list[int], order: list[int]) -> list[int]:
+    """Dims of size one put where they stand in the root: before the next higher dim, so that [B, 1, N] needs no permutation."""
+    for k in ones:
+        position = next((p for p, d in enumerate(order) if d > k), len(order))
+        order.insert(position, k)
+    return order
+
+
+def _forget_sizes(graph: Graph, stream: Stream, sources) -> None:
+    """Sizes that were read from the stream's nodes are read elsewhere, or the matmul would be kept for its size."""
+    for node in (*(p.node for p in stream.products), *stream.inside):
+        for user in list(node.users):
+            if is_call(user, aten.sym_size.int) and node is not stream.root:
+                n = shape(node)[user.args[1]]
+                with graph.inserting_before(user):
+                    try:
+                        new = size_node(graph, n, [s for s in sources if s[1] < user])
+                    except Unliftable:
+                        continue
+                if isinstance(new, Node) and new is not user:
+                    user.replace_all_uses_with(new)
+
+
+def described(output: Output) -> str:
+    """The epilogue with its columns left out, for a report: a0*sigmoid(a0)*a1."""
+    return _short(text(output.epilogue.expr))
+
+
+def _short(words: str) -> str:
+    for k in range(99, -1, -1):
+        words = words.replace(f"capture{k}[", f"c{k}[")
+    return words if len(words) <= 90 else words[:87] + "..."
+
+
+def weights_text(outputs: list[Output]) -> str:
+    """"2x[2048, 768]", "[64, 64] + 2x[32, 64]": the weights of an op, equal neighbours counted."""
+    found: list[list] = []
+    for o in sorted(outputs, key=_columns):
+        for a in o.epilogue.accumulators:
+            k = value(o.stream.products[a.product].weight).shape[0 if o.stream.products[a.product].transposed else 1]
+            size = f"[{o.epilogue.width}, {k}]"
+            if found and found[-1][1] == size:
+                found[-1][0] += 1
+            else:
+                found.append([1, size])
+    return " + ".join(f"{n}x{size}" if n > 1 else size for n, size in found)
