@@ -86,16 +86,39 @@ def widths(spec: Spec, weights: Sequence[Tensor]) -> list:
 
 
 class _Rows(Evaluator):
-    """Evaluates over [rows, columns]; an element taken at its own row or column is the tensor itself, not a gather (which autograd would have to scatter)."""
+    """Evaluates over [rows, columns]; an element taken at its own row or column is the tensor itself, not a gather (which autograd would have to scatter).
+
+    Integers stay Python's, so that symbolic sizes stay symbolic while the parts are traced.
+    """
+
+    def __init__(self, env, captures, dtype, device):
+        super().__init__({}, captures, dtype, device)
+        self.env = env
+
+    def float(self, e):
+        value = self(e)
+        return super().float(e) if isinstance(value, Tensor) else torch.full((), value, dtype=self.dtype, device=self.device)
 
     def _evaluate(self, e):
+        if e.is_Integer:
+            return int(e)
         if isinstance(e, sc.load):
             value, index = self.captures[int(e.args[0].name[1:])], e.args[1:]
             if index in ((sc.J,), (sc.I, sc.J)):
                 return self._kind(value)
             if index == (sc.I,):
                 return self._kind(value)[:, None]
+            return self._kind(value[tuple(self._position(x) for x in index)] if index else value)
+        if isinstance(e, (sc.floordiv, sc.mod)):
+            x, n = map(self, e.args)
+            if not isinstance(x, Tensor):
+                return x // n if isinstance(e, sc.floordiv) else x % n
+            return torch.div(x, n, rounding_mode="floor") if isinstance(e, sc.floordiv) else torch.remainder(x, n)
         return super()._evaluate(e)
+
+    def _position(self, e):
+        index = self(e)
+        return index if not isinstance(index, Tensor) else index.long() if index.dim() else index.long().view(1, 1)
 
     def _kind(self, value):
         return value.to(self.dtype) if value.is_floating_point() else value.long()
