@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "explain": ".compiler.explain",
     "Report": ".compiler.report",
+    "DegradedWarning": ".compiler.degrade",
 }
 
 __all__ = ["__version__", *_LAZY]

@@ -9,6 +9,7 @@ from .. import passes
 from . import log
 from .aot import compile_graph
 from .capture import capture
+from .degrade import watch
 from .lower import lower
 from .options import Options
 from .pipeline import run
@@ -22,11 +23,13 @@ def tileweld(gm: GraphModule, example_inputs, *, options=None, mode=None, report
     """
     checked = Options.parse(options, tuple(p.NAME for p in passes.PIPELINE))
     keep = report is not None  # somebody will look: hold the graphs behind AOT too
-    report = report if report is not None else Report()
+    report = report if report is not None else Report(detailed=False)
+    report.options = checked
     before = report.mark()
     try:
         rewritten = rewrite(gm, example_inputs, checked, report)
         number = len(report.graphs) - 1
+        watch(gm, report)
         log.get("passes").info("graph %d: %s", number, dict(report.counts) or "nothing fused")
 
         def finish(graph: GraphModule, is_backward: bool):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.fx.traceback
 from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import TracingContext
+from torch._guards import CompileContext, TracingContext
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -41,3 +41,9 @@ def capture(gm: GraphModule, example_inputs) -> GraphModule:
     captured.recompile()
     log.get("capture").debug("captured %d nodes", len(captured.graph.nodes))
     return captured
+
+
+def compiled_frame() -> int | None:
+    """Dynamo's number of the function that it is compiling now; None outside of it."""
+    found = CompileContext.current_compile_id()
+    return found.frame_id if found is not None else None

@@ -1,4 +1,4 @@
-"""The command line: ``tileweld explain|dump|kernels TARGET``. Errors are one line and exit code 2; TILEWELD_LOG=debug shows the traceback."""
+"""The command line: ``tileweld explain|dump|kernels|bench TARGET``. Errors are one line and exit code 2; TILEWELD_LOG=debug shows the traceback."""
 from __future__ import annotations
 
 import contextlib
@@ -42,16 +42,25 @@ DTYPE = Annotated[str | None, typer.Option("--dtype", help="cast module and floa
 BATCH = Annotated[int, typer.Option("--batch", min=1, help="batch size of the example inputs of hf: and models:")]
 LENGTH = Annotated[int, typer.Option("--length", min=1, help="their number of tokens")]
 JSON = Annotated[bool, typer.Option("--json", help="JSON instead of tables")]
+DEVICE = Annotated[str | None, typer.Option("--device", help="roofline times on h200, a100, 4090, cpu (this one, measured), or flops=2e11,bandwidth=2e10")]
+PLOT = Annotated[Path | None, typer.Option("--plot", help="also draw a roofline with every rewrite before and after (needs matplotlib)")]
 OUTPUT = Annotated[Path | None, typer.Option("-o", "--output", help="write to this file")]
 
 
 @app.command()
 def explain(target: TARGET, dynamic: DYNAMIC = False, train: TRAIN = False, option: OPTION = None, attn: ATTN = None, dtype: DTYPE = None, batch: BATCH = 2, length: LENGTH = 17,
             as_json: JSON = False, strict: Annotated[bool, typer.Option("--strict", help="exit code 1 if anything was refused")] = False,
-            html: Annotated[Path | None, typer.Option("--html", help="also write one self-contained HTML file: tables, graph diffs, kernel sources")] = None):
-    """What is fused, what is refused and why, and what every fused op runs on. Builds no kernel."""
+            html: Annotated[Path | None, typer.Option("--html", help="also write one self-contained HTML file: tables, graph diffs, kernel sources")] = None,
+            device: DEVICE = None, plot: PLOT = None):
+    """What is fused, what is refused and why, what it saves, and what every fused op runs on. Builds no kernel."""
     with _errors():
+        chosen = _device(device, plot)
         report, options = _trace(target, dynamic, train, option, attn, dtype, batch, length)
+        report.device = chosen
+        if plot is not None:
+            from .roofline import draw
+
+            draw(report.cost, chosen, plot, title=target)
         if html is not None:
             from .report_html import page
 
@@ -104,6 +113,44 @@ def kernels(target: TARGET, arch: Annotated[str | None, typer.Option("--arch", h
             raise typer.Exit(1)
 
 
+@app.command()
+def bench(target: TARGET, device: DEVICE = None, rounds: Annotated[int, typer.Option("--rounds", min=1, help="timed calls of each contender, in turn")] = 10,
+          backend: Annotated[list[str] | None, typer.Option("--backend", metavar="NAME", help="one more backend of torch.compile; repeat for more")] = None,
+          no_inductor: Annotated[bool, typer.Option("--no-inductor", help="leave TorchInductor out: its first call takes long")] = False,
+          dynamic: DYNAMIC = False, option: OPTION = None, attn: ATTN = None, dtype: DTYPE = None, batch: BATCH = 2, length: LENGTH = 17, as_json: JSON = False, plot: PLOT = None):
+    """Eager, TorchInductor and tileweld on a target, interleaved in this process: times, errors, achieved FLOP/s and bytes/s against the roofline."""
+    with _errors():
+        from . import targets
+
+        given = _parse_options(option)
+        targets.check(target, attn)
+        chosen = _device(device, plot)
+        if not _debugging():
+            warnings.simplefilter("ignore")
+
+        from . import bench as benching
+
+        made = targets.cast(targets.parse_target(target, attn=attn, batch=batch, length=length), dtype)
+        contenders = ["eager", *(() if no_inductor else ("inductor",)), *dict.fromkeys(backend or ()), "tileweld"]
+        try:
+            result = benching.run(made, list(dict.fromkeys(contenders)), rounds=rounds, device=chosen, options=given, dynamic=dynamic or None)
+        except Exception as error:
+            if not isinstance(_root(error), TileweldError):
+                _blame(made)
+            raise
+        if plot is not None:
+            from .roofline import draw
+
+            draw(result.costs, result.device, plot, title=target, measured=result.measured())
+        if as_json:
+            typer.echo(json.dumps(result.to_json(), indent=2))
+        else:
+            for part in result.tables():
+                _console().print(part)
+        if result.row("tileweld").error is not None and result.row("tileweld").seconds is None:
+            raise typer.Exit(1)
+
+
 def main() -> None:
     """The console script."""
     app(prog_name="tileweld")
@@ -136,6 +183,20 @@ def _trace(target, dynamic, train, option, attn, dtype, batch, length, given=Non
             if not isinstance(_root(error), TileweldError):
                 _blame(made)
             raise
+
+
+def _device(name, plot):
+    """The Device that a command names, before anything is traced; None where none is named. A picture needs one, and matplotlib."""
+    if plot is not None:
+        from .roofline import check
+
+        check(plot, name)
+    if name is None:
+        return None
+    from .devices import named
+
+    with _progress(f"measuring {name}"):
+        return named(name)
 
 
 def _blame(made) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from . import log
+from . import cost_report, log
 from .errors import RefusalError
 from .ir.graph import is_tensor, source_of, value
 from .ir.rewrite import Match, Refusal
@@ -22,12 +22,15 @@ def run(gm: GraphModule, passes, options: Options, report: Report) -> GraphModul
         if hasattr(rewrite, "transform"):  # a normalisation: changes the graph's spelling, makes no fused op, reports nothing
             rewrite.transform(gm)
             continue
+        before = cost_report.snapshot(gm) if report.detailed else None
         for found in rewrite.find(gm.graph):
             if isinstance(found, Refusal):
                 _refuse(rewrite.NAME, found.reason, source_of(found.node), found.cure, options, report, number)
             else:
                 _apply(rewrite.NAME, gm, found, options, report, number)
         gm.graph.eliminate_dead_code()
+        if before is not None:
+            report.covered.append(cost_report.changed(rewrite.NAME, before, gm))
     gm.graph.lint()
     gm.recompile()
     return gm

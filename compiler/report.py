@@ -5,8 +5,12 @@ import dataclasses
 import io
 import json
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule
+
+if TYPE_CHECKING:
+    from .cost_report import Costs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +73,15 @@ class Report:
     """Filled by the backend as it compiles.
 
     counts: Counter of rewrites made; fusions, refusals, kernels, warnings: lists; graphs: the rewritten GraphModules;
-    captured: the graphs before the passes; aot: the graphs behind AOTAutograd, forward and backward.
+    captured: the graphs before the passes; aot: the graphs behind AOTAutograd, forward and backward; covered: what the passes replaced.
+    device: a devices.Device for which the cost table has roofline times; None for a table without times.
+    detailed False: nobody will read the costs, so that nothing is kept for them.
     """
 
-    def __init__(self):
+    def __init__(self, detailed: bool = True):
+        self.detailed = detailed
+        self.device = None
+        self.options = None  # what lowering chose by; set by the backend
         self.fusions: list[Fusion] = []
         self.refusals: list[Refused] = []
         self.kernels: list[KernelUse] = []
@@ -81,10 +90,11 @@ class Report:
         self.captured: list[GraphModule] = []
         self.aot: list[AotGraph] = []
         self.sources: list = []  # ir.kernel.Kernel, in order of first use
+        self.covered: list = []  # cost_report.Covered, one a pass
 
     def mark(self) -> dict[str, int]:
         """The present lengths of all lists, for `rollback`."""
-        return {name: len(rows) for name, rows in vars(self).items()}
+        return {name: len(rows) for name, rows in vars(self).items() if isinstance(rows, list)}
 
     def rollback(self, mark: dict[str, int]) -> None:
         """Forget what was noted since ``mark``."""
@@ -101,15 +111,32 @@ class Report:
         """For every graph, the softmaxes seen in it and those that became part of a fused attention."""
         return [_softmaxes(self, number, gm) for number, gm in enumerate(self.captured)]
 
+    @property
+    def cost(self) -> Costs:
+        """FLOPs, bytes and kernels before and after, per rewrite and in total; counted when it is read, see cost_report.py."""
+        from .cost_report import Costs, launches
+        from .lower import choose
+        from .options import Options
+
+        known = len(self.captured), len(self.aot), len(self.covered)
+        if getattr(self, "_costs", (None,))[0] != known:
+            self._costs = known, Costs(self, [launches(choose(a.gm, self.options or Options())) for a in self.aot])
+        return self._costs[1]
+
+    @property
+    def fallbacks(self) -> Counter:
+        """op -> calls that stay calls of torch's library: no fused op, in no region."""
+        return self.cost.fallbacks
+
     def warn(self, message: str) -> None:
         """A degradation, listed once."""
         if message not in self.warnings:
             self.warnings.append(message)
 
     def to_json(self) -> str:
-        """Counts, fusions, refusals, kernels, softmaxes per graph and warnings as JSON text."""
+        """Counts, fusions, refusals, kernels, softmaxes per graph, costs, library calls and warnings as JSON text."""
         rows = {name: [dataclasses.asdict(x) for x in getattr(self, name)] for name in ("fusions", "refusals", "kernels", "softmaxes")}
-        return json.dumps({"counts": dict(self.counts), "graphs": len(self.graphs), **rows, "warnings": self.warnings}, indent=2)
+        return json.dumps({"counts": dict(self.counts), "graphs": len(self.graphs), **rows, "cost": self.cost.to_json(self.device), "fallbacks": dict(self.fallbacks), "warnings": self.warnings}, indent=2)
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -125,8 +152,10 @@ class Report:
         return f"<Report: {len(self.graphs)} graph(s), {fused}, {len(self.refusals)} refused>"
 
     def tables(self) -> list:
-        """The rich renderables: a headline, fusions (equal ones in one row), refusals in words, kernels, softmaxes of every graph, warnings."""
+        """The rich renderables: a headline, fusions (equal ones in one row), costs, refusals in words, kernels, library calls, softmaxes of every graph, warnings."""
         from rich.text import Text
+
+        from .cost_report import listed
 
         nodes = sum(len(gm.graph.nodes) for gm in self.captured), sum(len(gm.graph.nodes) for gm in self.graphs)
         size = f", {nodes[0]} nodes -> {nodes[1]}" if self.graphs else ""
@@ -136,6 +165,7 @@ class Report:
             for (rewrite, detail), rows in _grouped(self.fusions, lambda f: (f.rewrite, f.detail)):
                 table.add_row(Text(rewrite, style="green"), str(len(rows)), Text(detail), Text(_sources(rows), style="dim"))
             result.append(table)
+        result += self.cost.tables(self.device)
         for (rewrite, reason, cure), rows in _grouped(self.refusals, lambda r: (r.rewrite, r.reason, r.cure)):
             result.append(_refusal(rewrite, reason, cure, rows))
         if self.kernels:
@@ -143,6 +173,8 @@ class Report:
             for (op, implementation, reason), rows in _grouped(self.kernels, lambda k: (k.op, k.implementation, k.reason)):
                 table.add_row(op, str(len(rows)), Text(implementation), Text(reason))
             result.append(table)
+        if self.fallbacks:
+            result.append(Text("calls of torch's library: " + listed(self.fallbacks)))
         counted = [s for s in self.softmaxes if s.seen]
         if counted:
             line = f"softmaxes: {sum(s.seen for s in counted)} seen, {sum(s.fused for s in counted)} fused into attention, {sum(s.refused for s in counted)} refused"

@@ -5,6 +5,7 @@ import difflib
 from html import escape
 
 from . import dump
+from .cost_report import listed, ratio, si
 from .options import Options
 from .report import Report, _count, _grouped, _sources
 
@@ -34,6 +35,7 @@ def page(report: Report, options: Options, title: str) -> str:
     runs = [(op, len(rows), _code(name), escape(reason)) for (op, name, reason), rows in _grouped(report.kernels, lambda k: (k.op, k.implementation, k.reason))]
     if runs:
         parts.append(_section("What the fused ops run on", _table(("op", "times", "runs on", "because"), runs)))
+    parts.append(_section("Cost", _costs(report)))
     seen = [(n, s.seen, s.fused, s.refused, s.other) for n, s in enumerate(report.softmaxes)]
     parts.append(_section("Softmaxes", _table(("graph", "seen", "fused into attention", "refused", "no attention core"), seen)))
     diffs = [_details(f"graph {n}: what the passes changed", _diff(a, b), n == 0) + _details(f"graph {n}: all of it, after the passes", f"<pre>{escape(dump.text(b))}</pre>")
@@ -43,6 +45,22 @@ def page(report: Report, options: Options, title: str) -> str:
     parts.append(_section("Generated kernels", sources or "<p>None: everything runs on library calls.</p>"))
     body = "\n".join(parts)
     return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}: tileweld</title><style>{_STYLE}</style></head>\n<body>{body}</body></html>\n'
+
+
+def _costs(report) -> str:
+    """A row a rewrite and the total, at the traced sizes; the library's calls; the polynomials where sizes are symbolic."""
+    lines, total = report.cost.evaluated()
+    device = report.device
+    rows = []
+    for line in (*lines, total):
+        a, b = line.before, line.after
+        cells = [(len(a.kernels), len(b.kernels)), (si(a.bytes) + "B", si(b.bytes) + "B"), (si(a.flops), si(b.flops)), (ratio(a.intensity), ratio(b.intensity))]
+        cells += [(si(a.seconds(device)) + "s", si(b.seconds(device)) + "s")] if device else []
+        rows.append((escape(line.name), *(f"{x} &rarr; {y}" for x, y in cells)))
+    table = _table(("rewrite", "kernels", "bytes moved", "FLOPs", "FLOPs a byte", *([f"roofline, {escape(device.name)}"] if device else [])), rows)
+    after = report.cost.total.after
+    symbolic = f"<p>After, in symbols: FLOPs = {_code(str(after.flops))}, bytes = {_code(str(after.bytes))}</p>" if after.flops.free_symbols | after.bytes.free_symbols else ""
+    return table + symbolic + f"<p>Calls of torch's library: {escape(listed(report.fallbacks) or 'none')}</p>"
 
 
 def _section(title, body) -> str:
