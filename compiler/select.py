@@ -17,6 +17,7 @@ from .ir import rms_norm as _rms_norm_op  # noqa: F401 (registers the op)
 from .ir.attention import Variant, variant_of
 from .ir.graph import value
 from .ir.kernel import Kernel
+from .ir.linear import spec_of
 from .ir.region import Region
 from .options import Options
 
@@ -85,6 +86,22 @@ def rms_norm(node: Node, target: str, options: Options) -> Choice:
     return _generated("rms_norm", target, node, [x] if weight is None else [x, weight], (), (eps, offset), tensor.dtype, scale.dtype if scale is not None else None, tensor.dim(), cast)
 
 
+def linear(node: Node, target: str, options: Options) -> Choice:
+    """tileweld::linear: a generated kernel, or the definition for float64."""
+    x, weights, captures, sizes, norm, eps, prologue, epilogues, pairs = node.args
+    tensor, matrices, captured = value(x), [value(w) for w in weights], [value(c) for c in captures]
+    if target == "reference":
+        return Choice("linear", "options ask for it")
+    if torch.float64 in (tensor.dtype, *(w.dtype for w in matrices)):
+        return Choice("linear", "float64 has no kernel")
+    choice = _generated("linear", target, node, [x, *weights, *captures], sizes, (eps,), spec_of(captured, norm, prologue, epilogues, pairs), x_dtype=tensor.dtype,
+                        weight_dtypes=[w.dtype for w in matrices], capture_dtypes=[c.dtype for c in captured], capture_ranks=[c.dim() for c in captured],
+                        widths=[int(w.shape[0]) for w in matrices], k=int(tensor.shape[1]), num_sizes=len(sizes))
+    if choice.kernel is not None:
+        choice.outputs = results(node)
+    return choice
+
+
 def region(found: Region) -> Choice:
     """A region as one generated kernel."""
     body = found.body
@@ -147,4 +164,4 @@ def _library(variant: Variant) -> Callable | None:
 
 
 #: op -> selector(node, target, options) -> Choice
-SELECTORS = {torch.ops.tileweld.attention.default: attention, torch.ops.tileweld.rms_norm.default: rms_norm}
+SELECTORS = {torch.ops.tileweld.attention.default: attention, torch.ops.tileweld.rms_norm.default: rms_norm, torch.ops.tileweld.linear.default: linear}

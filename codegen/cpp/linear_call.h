@@ -17,7 +17,14 @@ struct Group {
             if (round_up(n * block, panel) * best < round_up(best, panel) * n * block) best = n * block;
         return best;
     }
+    // Columns that a thread takes at a time where rows are few: 16 rows of a weight, 48 KiB at K = 768; whole blocks where three times that holds them.
+    constexpr int64_t chunk() const {
+        for (int64_t n = 16; n <= 48; n += 16)
+            if (n % block == 0) return n;
+        return 16;
+    }
     constexpr int64_t piece() const { return round_up(256, block); }
+    constexpr int64_t parts(int64_t columns) const { return (width + columns - 1) / columns; }
 };
 struct Weight {
     const void* data;

@@ -16,6 +16,8 @@ static inline void multiply(const float* y, int64_t y_row, const float* panel, i
     for (int64_t k = 0; k < depth; ++k, panel += PANEL) {
         Vector columns[V];
 #pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) __builtin_prefetch(panel + 8 * PANEL + v * VL);  // from the L2 cache: 2% faster
+#pragma GCC unroll 2
         for (int v = 0; v < V; ++v) columns[v] = load_vector(panel + v * VL);
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
@@ -108,7 +110,7 @@ static void many_rows(const Call& call) {
     int64_t strips = 0, packed_size = 0, sums_size = 0, scratch_size = 0;
     for (const Group& group : GROUPS) {
         const Strip strip(group);
-        strips += (group.width + strip.step - 1) / strip.step;
+        strips += group.parts(strip.step);
         packed_size = larger_size(packed_size, strip.row(group) * strip.depth);
         sums_size = larger_size(sums_size, strip.row(group) * (strip.depth >= K ? BLOCK_ROWS : span));
         scratch_size = larger_size(scratch_size, (group.slots + 1) * round_up(strip.step, PANEL));
@@ -137,10 +139,10 @@ static void many_rows(const Call& call) {
             for (int64_t n = 0; n < strips * parts; ++n) {
                 int g = 0;
                 int64_t at = n % strips;
-                for (int64_t count; at >= (count = (GROUPS[g].width + GROUPS[g].strip(PANEL) - 1) / GROUPS[g].strip(PANEL)); ++g) at -= count;
+                for (; at >= GROUPS[g].parts(GROUPS[g].strip(PANEL)); ++g) at -= GROUPS[g].parts(GROUPS[g].strip(PANEL));
                 const int64_t begin = start + n / strips * part, end = smaller(begin + part, start + rows);
                 if (begin >= end) continue;
-                const float* y = ready ? call.x + begin * call.x_row : made + (begin - start) * Y_ROW;
+                const float* y = ready ? reinterpret_cast<const float*>(call.x) + begin * call.x_row : made + (begin - start) * Y_ROW;
                 multiply_strip(call, g, at * GROUPS[g].strip(PANEL), begin, end, y, ready ? call.x_row : Y_ROW, packed, sums, rest);
             }
         }

@@ -31,7 +31,7 @@ INLINE float plain_sum(const float* x) {
 INLINE const float* widened(const Call& call, int64_t i, float* to) {
     const X* from = call.x + i * call.x_row;
     if constexpr (std::is_same_v<X, float>)
-        if (call.x_column == 1) return from;
+        if (call.x_column == 1) return reinterpret_cast<const float*>(from);
     if (call.x_column == 1) {
         int64_t k = 0;
         for (; k + VL <= K; k += VL) store_vector(to + k, load_vector(from + k));
@@ -83,7 +83,7 @@ INLINE void exchange(float* __restrict to, const float* from, int64_t width) {
 // Where the results of row i go from column `first` on: the output itself, or a buffer that `deliver` rounds from.
 INLINE float* results_at(const Out& out, int64_t i, int64_t first, float* buffer) {
     if constexpr (std::is_same_v<X, float>)
-        if (out.column == 1) return out.data + i * out.row + first;
+        if (out.column == 1) return reinterpret_cast<float*>(out.data) + i * out.row + first;
     return buffer;
 }
 INLINE void deliver(const Out& out, int64_t i, int64_t first, int64_t width, const float* results) {
