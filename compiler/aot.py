@@ -16,7 +16,8 @@ def compile_graph(gm: GraphModule, example_inputs, lower: Callable[[GraphModule,
     """Differentiate and functionalise a rewritten graph; ``lower(graph, is_backward)`` turns every resulting graph into a callable."""
     def compiler(is_backward):
         def compile_one(graph: GraphModule, inputs):
-            return make_boxed_func(lower(graph, is_backward))
+            made = lower(graph, is_backward)
+            return made if getattr(made, "_boxed_call", False) else make_boxed_func(made)  # an executable takes its arguments as a list, to free them as it goes
 
         return compile_one
 

@@ -11,6 +11,7 @@ import json
 import torch
 from torch.fx import GraphModule, Node
 
+from ..codegen.executable import write
 from .ir.graph import source_of, value
 from .lower import choose, put
 from .options import Options
@@ -190,12 +191,19 @@ def kernels(report: Report, options: Options) -> str:
 
 
 def _executable(gm: GraphModule, options: Options) -> str:
-    """The lowered graph's Python code: fused ops under the name of what runs them."""
+    """The function that runs: what prepares its memory, and its lines, kernels by name."""
     import copy
 
     lowered = GraphModule(gm, copy.deepcopy(gm.graph))
     choices, placer = choose(lowered, options), Placer(lowered)
     for choice in choices:
-        put(placer, choice, {c.kernel.source: None for c in choices if c.kernel is not None})
+        put(placer, choice, {c.kernel.source: _Shown() for c in choices if c.kernel is not None})
     lowered.graph.eliminate_dead_code()
-    return lowered.graph.python_code("self").src.strip()
+    return write(lowered).source.strip()
+
+
+class _Shown:
+    """In the place of a built kernel in a graph that is only shown."""
+
+    def __init__(self):
+        self.entry = self

@@ -17,6 +17,7 @@ from ..runtime.interpret import interpreted_entry
 from ..runtime.launch import CppLauncher
 from ..runtime.source_module import load_python_source
 from . import log
+from .assemble import assemble
 from .errors import BuildError, CompilerNotFound
 from .ir.graph import is_tensor, value
 from .ir.lowered import Launch
@@ -27,7 +28,7 @@ from .select import SELECTORS, Choice, region
 
 
 def lower(gm: GraphModule, options: Options, report: Report, number: int) -> Callable:
-    """Replace fused ops and regions by their implementations, build all kernels of the graph at once, and return the graph's forward."""
+    """Replace fused ops and regions by their implementations, build all kernels of the graph at once, and return its executable."""
     choices = choose(gm, options)
     launchers = _build({c.kernel.source: c for c in choices if c.kernel is not None}, options, report)
     placer = Placer(gm)
@@ -46,7 +47,7 @@ def lower(gm: GraphModule, options: Options, report: Report, number: int) -> Cal
         report.kernels.append(KernelUse(choice.op, name, reason, number))
     gm.graph.eliminate_dead_code()
     gm.recompile()
-    return gm.forward
+    return assemble(gm)
 
 
 def put(placer: Placer, choice: Choice, launchers: Mapping[str, Callable | None]) -> str:

@@ -47,7 +47,7 @@ class Placer:
                     self._replace(output, self.graph.call_function(operator.getitem, (call, k)))
 
     def _replace(self, old: Node, new: Node) -> None:
-        new.meta = dict(old.meta)
+        new.meta = old.meta | {"name": old.meta.get("name", old.name)}  # what the executable calls it
         for twin in [u for u in old.args[0].users if is_getitem(u) and u.args[1] == old.args[1]] if is_getitem(old) else [old]:
             twin.replace_all_uses_with(new)
             self._replaced[twin] = new

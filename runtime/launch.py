@@ -13,13 +13,14 @@ class CppLauncher:
     """``launcher(tensors, ints, floats)`` runs ``entry(void* const* data, const int64_t* ints, const double* floats)``.
 
     tensors: the outputs first; CPU tensors of the ranks and dtypes the kernel was generated for (they are not checked).
-    ints, floats: the scalars that follow the sizes and strides.
+    ints, floats: the scalars that follow the sizes and strides. ``entry(pointers, integers, floats)`` is the kernel itself: it takes what
+    the functions of these names below have packed, ahead of the call where they are known.
     """
 
     def __init__(self, library: ctypes.CDLL, entry: str):
-        self._function = getattr(library, entry)
-        self._function.argtypes = (ctypes.c_char_p,) * 3  # bytes are passed as they lie, without a copy or an array object
-        self._function.restype = None
+        self.entry = getattr(library, entry)
+        self.entry.argtypes = (ctypes.c_char_p,) * 3  # bytes are passed as they lie, without a copy or an array object
+        self.entry.restype = None
 
     def __call__(self, tensors: Sequence[Tensor], ints: Sequence[int] = (), floats: Sequence[float] = ()) -> None:
         numbers = []
@@ -27,7 +28,7 @@ class CppLauncher:
             numbers += x.shape
             numbers += x.stride()
         numbers += ints
-        self._function(_packer("P", len(tensors))(*[x.data_ptr() for x in tensors]), _packer("q", len(numbers))(*numbers), _packer("d", len(floats))(*floats))
+        self.entry(_packer("P", len(tensors))(*[x.data_ptr() for x in tensors]), _packer("q", len(numbers))(*numbers), _packer("d", len(floats))(*floats))
 
 
 _packers: dict[tuple[str, int], object] = {}
@@ -39,3 +40,18 @@ def _packer(code: str, count: int):
     if pack is None:
         pack = _packers[code, count] = struct.Struct(f"{count}{code}").pack
     return pack
+
+
+def pointers(*items: int) -> bytes:
+    """Data pointers as a kernel takes them."""
+    return _packer("P", len(items))(*items)
+
+
+def integers(*items: int) -> bytes:
+    """Sizes, strides and scalar integers as a kernel takes them."""
+    return _packer("q", len(items))(*items)
+
+
+def floats(*items: float) -> bytes:
+    """Scalar floats as a kernel takes them."""
+    return _packer("d", len(items))(*items)

@@ -40,11 +40,13 @@ class Launch:
 
     outs: the fake tensors of its outputs. launcher(tensors, ints, floats): the built kernel, None in a graph that is only shown.
     run: ``run(launcher)`` is a function (outs, *ins); without it the kernel takes [*outs, *ins], ints, floats. layouts: sizes and strides
-    of the inputs that the kernel holds, and for which no others will do; None if it takes any.
+    of the inputs that the kernel holds, and for which no others will do; None if it takes any. inplace: (output, input) that may be one memory, because the kernel reads each
+    element of that input once, before it writes the same element of the output.
     """
 
-    def __init__(self, name: str, outs: Sequence[torch.Tensor], kernel: Kernel | None = None, launcher: Callable | None = None, run: Callable | None = None, layouts: Sequence[tuple] | None = None):
-        self.name, self.kernel, self.launcher, self.layouts = name, kernel, launcher, layouts
+    def __init__(self, name: str, outs: Sequence[torch.Tensor], kernel: Kernel | None = None, launcher: Callable | None = None, run: Callable | None = None, layouts: Sequence[tuple] | None = None,
+                 inplace: Sequence[tuple[int, int]] = ()):
+        self.name, self.kernel, self.launcher, self.layouts, self.run, self.inplace = name, kernel, launcher, layouts, run, tuple(inplace)
         self.__name__ = self.__qualname__ = name.replace(":", "_").replace(".", "_")
         self.buffers = [Buffer(x) for x in outs]
         self.symbols = sorted(set().union(*(b.symbols for b in self.buffers)), key=str)

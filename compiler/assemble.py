@@ -1,0 +1,46 @@
+"""An executable from a lowered graph: the text of codegen/executable.py with the objects that it names, and its memory."""
+from __future__ import annotations
+
+import itertools
+import linecache
+from collections.abc import Callable
+
+import torch
+from torch.fx import GraphModule
+
+from ..codegen.executable import Text, write
+from ..runtime import launch
+from ..runtime.workspace import Workspaces
+from . import log
+from .errors import UnsupportedError
+from .ir.lowered import restride
+
+_numbers = itertools.count()
+
+
+def assemble(gm: GraphModule) -> Callable:
+    """The function of a lowered graph: takes a list of arguments, which it clears, and returns a tuple. An executable, else the graph's forward.
+
+    ``executable.text`` is the Text it was made of, ``executable.workspaces`` the memory it keeps (None if it needs none).
+    """
+    try:
+        text = write(gm)
+    except UnsupportedError as error:
+        log.get("codegen").warning("no executable: %s; the graph runs node by node", error)
+        return gm.forward
+    return load(text)
+
+
+def load(text: Text) -> Callable:
+    """The function that a text defines."""
+    names = {"torch": torch, "restride": restride, "empty_strided": torch.empty_strided, "pointers": launch.pointers, "integers": launch.integers, "floats": launch.floats, **text.objects}
+    file = f"<tileweld executable {next(_numbers)}>"
+    linecache.cache[file] = (len(text.source), None, text.source.splitlines(keepends=True), file)  # so that a traceback shows its lines
+    exec(compile(text.source, file, "exec"), names)
+    workspaces = None
+    if text.lives is not None:
+        workspaces = Workspaces(names["sizes"], text.lives, names["prepare"], text.device or "cpu")
+        names |= {"take": workspaces.take, "give": workspaces.give}
+    graph = names["graph"]
+    graph._boxed_call, graph.text, graph.workspaces = True, text, workspaces
+    return graph
