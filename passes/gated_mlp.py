@@ -23,7 +23,7 @@ from collections.abc import Iterator
 
 from torch.fx import Graph, Node
 
-from ..compiler.ir.linear_build import described, longest, match, weights_text
+from ..compiler.ir.linear_build import described, longest, match, sweep, weights_text
 from ..compiler.ir.graph import is_call, op_name, source_of, value
 from ..compiler.ir.lift import aten
 from ..compiler.ir.products import Product, Writes, products
@@ -55,6 +55,7 @@ def find(graph: Graph) -> Iterator[Match | Refusal]:
                 yield match([output], f"gate+up {weights_text([output])}, {described(output)}", writes, outside)
             except Refused as refused:
                 yield refused.refusal
+            sweep(graph, [output])
         elif (refusal := _near_miss(product, found, taken)) is not None:
             yield refusal
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from torch.fx import Graph
 
-from ..compiler.ir.linear_build import longest, match, weights_text
+from ..compiler.ir.linear_build import longest, match, sweep, weights_text
 from ..compiler.ir.products import Writes, products
 from ..compiler.ir.rewrite import Match, Refusal, Refused
 from .merge import reaching_output
@@ -38,3 +38,4 @@ def find(graph: Graph) -> Iterator[Match | Refusal]:
             yield match([output], weights_text([output]) + (" + bias" if product.bias is not None else ""), writes, outside)
         except Refused as refused:
             yield refused.refusal
+        sweep(graph, [output])

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 from torch.fx import Graph, Node
 
-from ..compiler.ir.linear_build import Output, described, longest, match, weights_text
+from ..compiler.ir.linear_build import Output, described, longest, match, sweep, weights_text
 from ..compiler.ir.graph import op_name, source_of, value
 from ..compiler.ir.products import Product, Writes, products
 from ..compiler.ir.rewrite import Match, Refusal, Refused
@@ -43,6 +43,7 @@ def find(graph: Graph) -> Iterator[Match | Refusal]:
                 yield match([output], f"{weights_text([output])}, {described(output)}", writes, outside)
             except Refused as refused:
                 yield refused.refusal
+            sweep(graph, [output])
         elif (refusal := _escape(product)) is not None:
             yield refusal
 

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 
 from torch.fx import Graph, Node
 
-from ..compiler.ir.linear_build import Output, longest, match, weights_text
+from ..compiler.ir.linear_build import Output, longest, match, sweep, weights_text
 from ..compiler.ir.products import Product, Writes, products
 from ..compiler.ir.rewrite import Match, Refusal, Refused
 from ..compiler.ir.streams import piece_starts
@@ -48,6 +48,7 @@ def find(graph: Graph) -> Iterator[Match | Refusal]:
             yield match(outputs, _detail(outputs), writes, outside)
         except Refused as refused:
             yield refused.refusal
+        sweep(graph, outputs)
 
 
 def _groups(found: list[Product]) -> list[list[Product]]:

@@ -90,4 +90,4 @@ def insert(graph: torch.fx.Graph, target, *args, **kwargs) -> Node:
 
 def op_name(node: Node) -> str:
     """What a person calls the op: "softmax" for aten.softmax.int."""
-    return "the graph's output" if node.op == "output" else str(node.target).replace("aten.", "").split(".")[0]
+    return "the graph's output" if node.op == "output" else str(node.target).replace("aten.", "").replace("tileweld.", "fused ").split(".")[0]

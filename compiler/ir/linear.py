@@ -32,6 +32,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -114,6 +115,15 @@ class _Rows(Evaluator):
             if not isinstance(x, Tensor):
                 return x // n if isinstance(e, sc.floordiv) else x % n
             return torch.div(x, n, rounding_mode="floor") if isinstance(e, sc.floordiv) else torch.remainder(x, n)
+        if isinstance(e, (sympy.Min, sympy.Max)):  # of numbers and tensors, in any order
+            numbers = [x for x in map(self, e.args) if not isinstance(x, Tensor)]
+            tensors = [self(x) for x in e.args if isinstance(self(x), Tensor)]
+            smallest = isinstance(e, sympy.Min)
+            bound = functools.reduce(torch.sym_min if smallest else torch.sym_max, numbers) if numbers else None
+            if not tensors:
+                return bound
+            value = functools.reduce(torch.minimum if smallest else torch.maximum, tensors)
+            return value if bound is None else value.clamp(max=bound) if smallest else value.clamp(min=bound)
         return super()._evaluate(e)
 
     def _position(self, e):

@@ -10,7 +10,8 @@ from torch.fx import Graph, Node
 
 from . import linear as _linear_op  # noqa: F401 (registers the op)
 from . import scalar as sc
-from .columns import Accumulator, Element, Epilogue, epilogue
+from .columns import Accumulator
+from .epilogue import Element, Epilogue, epilogue
 from .graph import insert, is_call, is_tensor, shape, value
 from .layout import size_node, sizes_of_nodes
 from .parser import parse
@@ -66,6 +67,14 @@ def match(outputs: list[Output], detail: str, writes: Writes, outside: set[Node]
 
     starts = [rows_of(n) if any(n is p.x for p in products.values()) else n for n in inputs if is_tensor(n)]
     return Match(roots[0], tuple(dict.fromkeys(starts)), build, detail, tuple(roots[1:]))
+
+
+def sweep(graph: Graph, outputs: list[Output]) -> None:
+    """Erase what a match that was made left without readers, so that it is no reader of others when the next place is looked at."""
+    nodes = {n for o in outputs for n in (*o.stream.inside, *(p.node for p in o.stream.products))} - {o.stream.root for o in outputs}
+    for node in sorted(nodes, reverse=True):
+        if not node.users:
+            graph.erase_node(node)
 
 
 def _columns(output: Output):

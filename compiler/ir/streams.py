@@ -5,7 +5,7 @@ pointwise ops, casts, views and cats. Whatever else these read comes from outsid
 *closes* the stream when nothing but it is read outside; the last such node that computes something is the root.
 
 The walk looks at structure alone; `signature` describes a stream without naming nodes, so that what was found out about the
-first layer of a model (columns.py) holds for all others.
+first layer of a model (epilogue.py) holds for all others.
 """
 from __future__ import annotations
 
