@@ -29,16 +29,16 @@ _ONE = {  # up to 8 rows: a stream of weights. 16 bytes a thread, 4 to 8 of them
     4: {"cuda": "g0x8x256w4s3 g0x4x512w4s2 g0x16x128w4s2", "hip": "g0x8x256w4s2 g0x4x512w4s2"},
 }
 _FEW = {  # up to 64 rows: one block of rows, K split until every processor has work
-    2: {"cuda": "f0x64x128w4s3 t0x64x128w4s4 f0x128x64w4s3 t0x128x64w4s4 t0x128x128w8s3", "ampere": "f0x64x64w4s4 t0x64x128w4s3 f0x64x128w4s3 t0x128x64w4s3", "hip": "f0x64x128w4s1 t0x64x128w4s2 t0x128x64w4s2"},
-    4: {"cuda": "f0x64x32w4s2 t0x64x32w4s2", "hip": "f0x64x32w4s1 t0x64x32w4s2"},
+    2: {"cuda": "f0x64x64w8s3 f0x64x64w4s4 f0x64x128w4s3 t0x64x128w4s4 f0x128x64w4s3 t0x128x64w4s4 t0x128x128w8s3", "ampere": "f0x64x64w8s3 f0x64x64w4s4 t0x64x128w4s3 f0x64x128w4s3 t0x128x64w4s3", "hip": "f0x64x128w4s1 t0x64x128w4s2 t0x128x64w4s2"},
+    4: {"cuda": "f0x32x32w4s2 t0x32x16w4s2 t0x64x16w4s2 f0x32x16w4s2", "hip": "f0x32x32w4s1 t0x64x16w4s2"},
 }
 _MANY = {
     2: {"cuda": "t128x128x64w8s3 t128x256x64w8s3 t128x128x64w4s3 t64x128x64w4s4 f128x128x64w8s3", "ampere": "t128x128x32w8s4 t128x128x64w8s3 t64x128x64w4s3 t128x64x32w4s4 f128x64x32w4s3",
         "hip": "t128x128x64w8s2 t256x128x32w8s2 t128x64x64w4s2 f128x64x32w4s1"},
-    4: {"cuda": "t64x64x16w8s2 t64x64x32w8s2 t32x64x32w4s2 f32x64x32w4s2", "hip": "t64x64x16w8s2 t32x64x32w4s2"},
+    4: {"cuda": "t32x64x16w4s2 t64x64x16w4s2 t64x64x16w8s2 t32x64x16w8s2 f32x64x16w4s2", "hip": "t64x64x16w8s2 t32x64x32w4s2"},
 }
 #: the interpreter: tiles that a short test crosses
-_CPU = {"one": "g0x16x64w4s1", "few": "f0x64x16w4s1 ", "many": "t32x64x16w4s1"}
+_CPU = {"one": "g0x32x64w4s1", "few": "f0x64x16w4s1", "many": "t32x64x32w4s1"}
 
 
 def configs(rows: str, itemsize: int, spread: int, family: str, *, fusable: bool) -> tuple[Config, ...]:
