@@ -15,6 +15,7 @@ from ..codegen.cpp import region as cpp_region
 from .errors import UnsupportedError
 from .ir import rms_norm as _rms_norm_op  # noqa: F401 (registers the op)
 from .ir.attention import Variant, variant_of
+from .ir.cross_entropy import check_targets
 from .ir.graph import value
 from .ir.kernel import Kernel
 from .ir.linear import spec_of
@@ -102,6 +103,37 @@ def linear(node: Node, target: str, options: Options) -> Choice:
     return choice
 
 
+def cross_entropy(node: Node, target: str, options: Options) -> Choice:
+    """tileweld::cross_entropy and its backward: a generated kernel, or the definition for float64."""
+    backward = node.target is torch.ops.tileweld.cross_entropy_backward.default
+    *tensors, ignored, softcap, smoothing = node.args
+    logits, targets = (value(x) for x in tensors[-3:-1]) if backward else map(value, tensors)
+    if target == "reference":
+        return Choice("cross_entropy", "options ask for it")
+    if logits.dtype == torch.float64:
+        return Choice("cross_entropy", "float64 has no kernel")
+    choice = _generated("cross_entropy", target, node, tensors, (ignored,), (softcap, smoothing), logits.dtype, targets.dim(), softcap > 0, backward)
+    if choice.kernel is not None and not backward:
+        with logits.fake_mode:
+            status = torch.empty(1, dtype=torch.int32, device=logits.device)
+        choice.outputs, choice.run = [*results(node), status], _with_targets(ignored, (softcap, smoothing))
+    return choice
+
+
+def _with_targets(ignored: int, floats: tuple):
+    """A target out of bounds raises as eager does. A GPU is not waited for: there the loss is NaN."""
+    def run(launch):
+        def cross_entropy_kernel(outs, logits, targets):
+            outs[-1].zero_()
+            launch([*outs, logits, targets], (ignored,), floats)
+            if not logits.is_cuda and outs[-1].item():
+                check_targets(targets, logits.shape[-1], ignored)
+
+        return cross_entropy_kernel
+
+    return run
+
+
 def region(found: Region) -> Choice:
     """A region as one generated kernel."""
     body = found.body
@@ -164,4 +196,5 @@ def _library(variant: Variant) -> Callable | None:
 
 
 #: op -> selector(node, target, options) -> Choice
-SELECTORS = {torch.ops.tileweld.attention.default: attention, torch.ops.tileweld.rms_norm.default: rms_norm, torch.ops.tileweld.linear.default: linear}
+SELECTORS = {torch.ops.tileweld.attention.default: attention, torch.ops.tileweld.rms_norm.default: rms_norm, torch.ops.tileweld.linear.default: linear,
+             torch.ops.tileweld.cross_entropy.default: cross_entropy, torch.ops.tileweld.cross_entropy_backward.default: cross_entropy}

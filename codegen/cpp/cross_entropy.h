@@ -100,6 +100,7 @@ extern "C" void FORWARD(void* const* data, const int64_t* ints, const double* fl
         if (target < 0 || target >= classes) {  // nothing is read there; the caller raises
 #pragma omp atomic write
             *status = 1;
+            losses[n] = std::numeric_limits<float>::quiet_NaN();
             continue;
         }
         const float loss = s.rest - (1.0f - smoothing) * (row.value(target) - s.top);
@@ -121,8 +122,12 @@ extern "C" void BACKWARD(void* const* data, const int64_t* ints, const double* f
         const Row row{static_cast<const X*>(data[2]) + offset_of(n, sizes, x_strides), x_strides[RANK], classes, cap};
         X* const out = static_cast<X*>(data[0]) + n * classes;
         const int64_t target = static_cast<const int64_t*>(data[3])[offset_of(n, sizes, targets_ints + RANK)];
-        if (target == ignored || target < 0 || target >= classes) {
+        if (target == ignored) {
             std::memset(static_cast<void*>(out), 0, size_t(classes) * sizeof(X));
+            continue;
+        }
+        if (target < 0 || target >= classes) {
+            for (int64_t j = 0; j < classes; ++j) store_element(out + j, std::numeric_limits<float>::quiet_NaN());
             continue;
         }
         const float* const statistics = static_cast<const float*>(data[4]) + offset_of(n, sizes, s_strides);

@@ -17,7 +17,7 @@ def emit(dtype: torch.dtype, rank: int, capped: bool, backward: bool = False) ->
 
     Tensors of a call: [losses, statistics, status, logits, targets], or backward [dlogits, grad, logits, targets, statistics], all as in
     compiler/ir/cross_entropy.py, losses, statistics and dlogits contiguous. status, int32 [1], is set to 1 where a target is out of bounds
-    (nothing is read there). Integers: ignore_index; floats: softcap, smoothing. Raises UnsupportedError for float64 and what is no float dtype.
+    (nothing is read there, and the row's loss and gradient are NaN). Integers: ignore_index; floats: softcap, smoothing. Raises UnsupportedError for float64 and what is no float dtype.
     """
     if dtype not in ELEMENTS:
         raise UnsupportedError(f"no C++ cross_entropy kernel for logits of {dtype}", cure="use float32, float16 or bfloat16, or the reference target")
