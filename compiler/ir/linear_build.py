@@ -90,7 +90,7 @@ def _build(graph: Graph, x: Node, outputs: list[Output], roots: list[Output], ou
     table = _Arguments(graph, sources)
     texts = [table.text(o) for o in outputs]
     pairs = [n for o in outputs for n in o.epilogue.pair]
-    op = insert(graph, torch.ops.tileweld.linear.default, rows, table.weights, table.captures, table.sizes, "", 0.0, "x", texts, pairs)
+    op = call(graph, [o.epilogue.width for o in outputs], rows, table.weights, table.captures, table.sizes, "", 0.0, "x", texts, pairs)
     made = []
     for o in roots:
         item = insert(graph, operator.getitem, op, outputs.index(o))
@@ -98,6 +98,14 @@ def _build(graph: Graph, x: Node, outputs: list[Output], roots: list[Output], ou
     for o in outputs:
         _forget_sizes(graph, o.stream, sources)
     return made
+
+
+def call(graph: Graph, widths: list[int], rows: Node, *args) -> Node:
+    """The op's node with its fake values, [M, width] each. Made directly: the op's own fake costs 4 ms, most of it dispatch."""
+    node = graph.call_function(torch.ops.tileweld.linear.default, (rows, *args))
+    with torch.no_grad():
+        node.meta["val"] = [value(rows).new_empty((value(rows).shape[0], n)) for n in widths]
+    return node
 
 
 def rows_of(x: Node) -> Node:
@@ -136,10 +144,7 @@ class _Arguments:
             names[element.symbol] = sc.capture_symbol(self._capture(stream, element, found.width), bool(element.symbol.is_integer))
         for symbol, n in found.sizes:
             names[symbol] = sc.size_symbol(self._size(n))
-        fresh = {old: sympy.Dummy(integer=old.is_integer, real=old.is_real) for old in names}  # all at once: a0 may become a1, and a1 a0
-        e = found.expr.xreplace(fresh).xreplace({fresh[old]: new for old, new in names.items()})
-        integers = frozenset(k for k, c in enumerate(self.captures) if not value(c).dtype.is_floating_point)
-        return text(parse(text(e), integers))  # the normal form
+        return _written(id(found), found, tuple(names.items()))
 
     def _once(self, key, values: list, build) -> int:
         if key not in self._known:
@@ -178,6 +183,21 @@ class _Arguments:
 
     def _size(self, n) -> int:
         return self._once(("size", n), self.sizes, lambda: size_node(self.graph, n, self.sources))
+
+
+_WRITTEN: dict[tuple, tuple[Epilogue, str]] = {}
+
+
+def _written(key: int, found: Epilogue, names: tuple) -> str:
+    """The epilogue's text under the op's names, in the normal form. Layers share epilogues, so most texts are known (2 ms each)."""
+    if (key, names) not in _WRITTEN:
+        if len(_WRITTEN) > 4096:
+            _WRITTEN.clear()
+        fresh = {old: sympy.Dummy(integer=old.is_integer, real=old.is_real) for old, _ in names}  # all at once: a0 may become a1, and a1 a0
+        e = found.expr.xreplace(fresh).xreplace({fresh[old]: new for old, new in names})
+        integers = frozenset(int(new.name[1:]) for _, new in names if new.name[0] == "c" and new.is_integer)
+        _WRITTEN[key, names] = found, text(parse(text(e), integers))  # holds the epilogue, so that its id stays its own
+    return _WRITTEN[key, names][1]
 
 
 def _shaped(graph: Graph, item: Node, output: Output, sources, is_seen: bool) -> Node:

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from . import linear as _linear_op  # noqa: F401 (registers the op)
 from . import scalar as sc
-from .linear_build import flattened, rows_of
+from .linear_build import call, flattened, rows_of
 from .graph import insert, is_call, is_tensor, op_name, shape, source_of, value
 from .layout import sizes_of_nodes
 from .parser import parse
@@ -108,7 +108,8 @@ def _build(graph: Graph, norm: Norm, ops: list[Node], items: list[Node]) -> list
         epilogues += texts if all(old == new for old, new in names.items()) else [_renamed(t, names, integers) for t in texts]
         pairs += own_pairs
     vectors = [f"c{_number(captures, t)}[j]" for t in norm.tensors]
-    op = insert(graph, torch.ops.tileweld.linear.default, rows, weights, captures, sizes, norm.kind, float(norm.eps), norm.prologue(*vectors), epilogues, pairs)
+    widths = [known.shape[1] for op in ops for known in value(op)]
+    op = call(graph, widths, rows, weights, captures, sizes, norm.kind, float(norm.eps), norm.prologue(*vectors), epilogues, pairs)
     return [insert(graph, operator.getitem, op, first[item.args[0]] + item.args[1]) for item in items]
 
 
