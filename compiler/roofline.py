@@ -52,13 +52,13 @@ def draw(costs: Costs, device: Device, path: Path, *, title: str = "", measured:
     xs = [p[0] for _, *pair in shown for p in pair if p] + [x for _, x, _ in measured] + [max(peaks.values()) / device.bandwidth]
     ys = [p[1] for _, *pair in shown for p in pair if p] + [y for *_, y in measured]
     left, right = 10 ** math.floor(math.log10(min(xs) / 1.5)), 10 ** math.ceil(math.log10(max(xs) * 1.5))
-    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    figure = Figure(figsize=(9, 6.4), layout="constrained")
     axes = figure.add_subplot()
     for name, peak in peaks.items():
         ridge = peak / device.bandwidth
         axes.plot([left, ridge, right], [left * device.bandwidth, peak, peak], color="#444", linewidth=1.4, zorder=1)
         axes.annotate(f"{name}: {_si(peak)}FLOP/s", (right, peak), xytext=(-4, 4), textcoords="offset points", ha="right", fontsize=9, color="#444")
-    axes.annotate(f"{_si(device.bandwidth)}B/s", (left, left * device.bandwidth), xytext=(10, 22), textcoords="offset points", fontsize=9, color="#444")
+    axes.annotate(f"{_si(device.bandwidth)}B/s", (left * 1.1, left * 3 * device.bandwidth), fontsize=9, color="#444")
     for number, (line, before, after) in enumerate(shown):
         colour = "black" if line.name == "total" else COLOURS[number % len(COLOURS)]
         times = "" if line.name == "total" else f" x{line.times}"
@@ -74,7 +74,7 @@ def draw(costs: Costs, device: Device, path: Path, *, title: str = "", measured:
     low = min([*ys, left * device.bandwidth * 4])
     axes.set_ylim(10 ** math.floor(math.log10(low / 1.5)), max(peaks.values()) * 3)
     axes.grid(True, which="major", color="#ddd", linewidth=0.6, zorder=0)
-    axes.legend(fontsize=8.5, loc="lower right", framealpha=0.95)
+    figure.legend(fontsize=8.5, loc="outside lower center", ncols=2, frameon=False)  # within the axes it would hide points
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         figure.savefig(path, dpi=130)
 

@@ -62,10 +62,8 @@ class Call:
     def arguments(self) -> dict:
         """Name -> fake value; defaults included."""
         args, kwargs = torch.fx.node.map_arg(self.nodes, value)
-        schema = self.target._schema.arguments if isinstance(self.target, torch._ops.OpOverload) else []
-        known = {a.name: a.default_value for a in schema if a.has_default_value()}
-        names = [a.name for a in schema] + [str(k) for k in range(len(schema), len(args))]
-        return known | dict(zip(names, args)) | dict(kwargs)
+        schema = self.target._schema.arguments if isinstance(self.target, torch._ops.OpOverload) else ()
+        return {a.name: a.default_value for a in schema if a.has_default_value()} | dict(zip(self.names, args)) | dict(kwargs)
 
     def __getitem__(self, name: str):
         return self.arguments[name]
@@ -86,12 +84,20 @@ class Call:
     def out(self) -> torch.Tensor:
         return self.outs[0]
 
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """Of the positional arguments."""
+        schema = self.target._schema.arguments if isinstance(self.target, torch._ops.OpOverload) else ()
+        return [a.name for a in schema] + [str(k) for k in range(len(schema), len(self.nodes[0]))]
+
     def inputs(self) -> list[tuple[str, torch.Tensor]]:
-        """(name of the argument, tensor), every tensor once."""
-        seen: dict[int, tuple[str, torch.Tensor]] = {}
-        for name, x in self.arguments.items():
-            for tensor in _tensors(x):
-                seen.setdefault(id(tensor), (name, tensor))
+        """(name of the argument, tensor), the same memory once: x @ x.T reads x once."""
+        seen: dict[tuple, tuple[str, torch.Tensor]] = {}
+        for name, x in (*zip(self.names, self.nodes[0]), *self.nodes[1].items()):
+            for node in _nodes(x):
+                origin = behind_views(node)
+                for tensor in _tensors(value(node)):
+                    seen.setdefault((origin, size(tensor.storage_offset()), stored(tensor)), (name, tensor))
         return list(seen.values())
 
     @functools.cached_property
@@ -101,8 +107,21 @@ class Call:
             return False
         if self.name not in _MAY_COPY and any(r.alias_info is not None for r in self.target._schema.returns):
             return True  # behind AOT, a view of a view may have a fake value with memory of its own
-        storages = {x.untyped_storage()._cdata for _, x in self.inputs()}
+        storages = {x.untyped_storage()._cdata for node in _nodes((*self.nodes[0], *self.nodes[1].values())) for x in _tensors(value(node))}
         return bool(self.outs) and all(x.untyped_storage()._cdata in storages for x in self.outs)
+
+
+def _nodes(x) -> list[Node]:
+    if isinstance(x, Node):
+        return [x]
+    return [n for item in x for n in _nodes(item)] if isinstance(x, (list, tuple)) else []
+
+
+def behind_views(node: Node, inside: set[Node] | None = None) -> Node:
+    """The node whose memory a view names; only as far as the views lie inside, if a set is given."""
+    while node.op == "call_function" and (inside is None or node in inside) and node.all_input_nodes and (Call(node).is_view or Call(node).name == "getitem"):
+        node = node.all_input_nodes[0]
+    return node
 
 
 #: views where they can, copies where they must
@@ -212,21 +231,15 @@ def fused(members: Iterable[Node], outputs: Iterable[Node]) -> Cost:
         operations.append(_operations(row, call))
         if row.matmul is not None:
             dtype = _matmul_dtype(call)
-        names = {id(x): name for name, x in call.inputs()}
+        named = {n: name for name, x in reversed([*zip(call.names, node.args), *node.kwargs.items()]) for n in _nodes(x)}
         for source in node.all_input_nodes:
-            for x in _tensors(value(source)):
-                origin = _behind_views(source, inside, calls)
-                if origin not in inside and id(x) in names:
-                    read[origin] = read.get(origin, ZERO) + row.reads(call, names[id(x)], x)
+            origin = behind_views(source, inside)
+            if origin not in inside:
+                origin = behind_views(origin)
+                read[origin] = read.get(origin, ZERO) + sympy.Add(*(row.reads(call, named[source], x) for x in _tensors(value(source))))
     whole = {node: sympy.Add(*map(stored, _tensors(value(node)))) for node in read}
     written = sympy.Add(*(stored(x) for node in outputs for x in _tensors(value(node))))
     return Cost(*(sympy.Add(*part) for part in zip(*operations)), sympy.Add(*(_smaller(n, whole[node]) for node, n in read.items())), written, dtype)
-
-
-def _behind_views(node: Node, inside: set[Node], calls: dict[Node, Call]) -> Node:
-    while node in inside and (calls[node].is_view or calls[node].name == "getitem") and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _smaller(a, b):
