@@ -21,5 +21,6 @@ def compile_graph(gm: GraphModule, example_inputs, lower: Callable[[GraphModule,
 
         return compile_one
 
-    backend = aot_autograd(fw_compiler=compiler(False), bw_compiler=compiler(True), inference_compiler=compiler(False), partition_fn=min_cut_rematerialization_partition)
+    backend = aot_autograd(fw_compiler=compiler(False), bw_compiler=compiler(True), inference_compiler=compiler(False), partition_fn=min_cut_rematerialization_partition,
+                           keep_inference_input_mutations=True)  # a written KV cache is an op of the graph (reinplace.py), not a copy around it
     return backend(gm, example_inputs)

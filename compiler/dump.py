@@ -16,6 +16,7 @@ from .ir.graph import source_of, value
 from .lower import choose, put
 from .options import Options
 from .place import Placer
+from .reinplace import reinplace
 from .report import Report
 
 STAGES = ("capture", "passes", "aot", "kernels")
@@ -199,6 +200,7 @@ def _executable(gm: GraphModule, options: Options) -> str:
     for choice in choices:
         put(placer, choice, {c.kernel.source: _Shown() for c in choices if c.kernel is not None})
     lowered.graph.eliminate_dead_code()
+    reinplace(lowered)
     return write(lowered).source.strip()
 
 

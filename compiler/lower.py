@@ -23,6 +23,7 @@ from .ir.graph import is_tensor, value
 from .ir.lowered import Launch
 from .options import Options
 from .place import CannotPlace, Placer
+from .reinplace import reinplace
 from .report import KernelUse, Report
 from .select import SELECTORS, Choice, region
 
@@ -46,6 +47,7 @@ def lower(gm: GraphModule, options: Options, report: Report, number: int) -> Cal
             name, reason = "reference", refusal
         report.kernels.append(KernelUse(choice.op, name, reason, number))
     gm.graph.eliminate_dead_code()
+    reinplace(gm)
     gm.recompile()
     return assemble(gm)
 
