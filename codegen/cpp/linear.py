@@ -26,7 +26,7 @@ from .printer import SIZE_LIMIT
 from .score import ELEMENTS, Captures
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FEW = 16  # rows up to which the weights are read in place; measured, benchmarks/linear_cpu.py
+FEW = 8  # rows up to which weights may be read in place, see linear_few.h
 _FOLDER = Path(__file__).parent
 
 

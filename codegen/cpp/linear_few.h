@@ -4,23 +4,23 @@
 // a time, which would load y less often, were slower (four: 13.3, eight: 15.6, one: 19.6 GB/s at K = 576).
 template <int R, class W>
 static inline void dots(const W* w, const float* y, int64_t y_row, Vector (*totals)[VL]) {
-    constexpr int U = R <= 2 ? 4 : R <= 4 ? 2 : 1;  // some eight sums at a time hide the latency of an FMA
+    constexpr int U = R <= 2 ? 4 : 2;  // four to eight sums at a time hide the latency of an FMA
     Vector sums[U][R] = {};
     int64_t k = 0;
     for (; k + U * VL <= K; k += U * VL)
 #pragma GCC unroll 4
         for (int n = 0; n < U; ++n) {
             const Vector v = load_vector(w + k + n * VL);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r) sums[n][r] += v * load_vector(y + r * y_row + k + n * VL);
         }
     for (; k < K; k += VL) {
         const int count = int(smaller(VL, K - k));
         const Vector v = gather_vector(w + k, 1, count);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) sums[0][r] += v * gather_vector(y + r * y_row + k, 1, count);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
         Vector total = sums[0][r];
 #pragma GCC unroll 4
@@ -50,13 +50,12 @@ INLINE void dot_columns(const W* w, int64_t w_row, int64_t columns, const float*
     for (int64_t r = 0, step; r < rows; r += step) {  // later rows of y find the rows of the weight in the L2 cache
         const float* from = y + r * y_row;
         float* at = to + r * to_row;
-        step = rows - r >= 8 ? 8 : smaller(4, rows - r);
+        step = smaller(4, rows - r);
         switch (step) {
             case 1: dots_of<1>(w, w_row, columns, from, y_row, at, to_row); break;
             case 2: dots_of<2>(w, w_row, columns, from, y_row, at, to_row); break;
             case 3: dots_of<3>(w, w_row, columns, from, y_row, at, to_row); break;
-            case 4: dots_of<4>(w, w_row, columns, from, y_row, at, to_row); break;
-            default: dots_of<8>(w, w_row, columns, from, y_row, at, to_row);
+            default: dots_of<4>(w, w_row, columns, from, y_row, at, to_row);
         }
     }
 }
@@ -68,6 +67,10 @@ constexpr bool is_paired() {
     return paired;
 }
 constexpr bool PAIRED = is_paired();
+
+// Where weights read in place are the faster way: up to two rows always; up to eight, four at a time, where those stay in an L1 cache of 32 KiB
+// beside the weight (at K = 4096 packing was faster from 4 rows on, at K = 1024 from 12).
+INLINE bool are_few(int64_t rows) { return rows <= 2 || (rows <= FEW && smaller(rows, 4) * K <= 6144); }
 
 static void few_rows(const Call& call) {
     const int threads = TOTAL * K >= PARALLEL_FROM ? omp_get_max_threads() : 1;

@@ -154,5 +154,5 @@ extern "C" void linear(void* const* data, const int64_t* ints, const double* flo
     if (call.rows == 0 || TOTAL == 0) return;
     bool in_rows = true;  // the weights lie in rows of K
     for (int n = 0; n < ORDERED; ++n) in_rows &= call.weight[ORDER[n]].column == 1;
-    call.rows <= FEW && in_rows ? few_rows(call) : many_rows(call);
+    are_few(call.rows) && in_rows ? few_rows(call) : many_rows(call);
 }
