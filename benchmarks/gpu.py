@@ -1,7 +1,9 @@
-"""GPU attention forward against SDPA (cuDNN and flash), FlexAttention and Inductor: `python benchmarks/gpu.py [--name h200]`.
+"""GPU attention forward against SDPA (cuDNN and flash), FlexAttention and Inductor, and fused matrix products against Inductor's max-autotune:
+`python benchmarks/gpu.py [--name h200] [--only attention|linear]`.
 
 Every case checks numerics first: the error against float64 must not exceed twice that of the fused library kernel (or of eager
-where no library has the variant). Times are medians of triton.testing.do_bench, which empties the L2 cache between runs.
+where no library has the variant). Times are medians of triton.testing.do_bench, which empties the L2 cache between runs; the matrix products
+are timed in CUDA graphs, because a launch costs more than a row, on weights of 100 MB and more, which no L2 cache holds.
 Results go to benchmarks/results/NAME.json with date, device and versions. Without a GPU the file says so and every figure is null.
 """
 from __future__ import annotations
@@ -122,6 +124,59 @@ def float64_rows(variant, q, k, v, rows):
     return s.softmax(-1) @ v
 
 
+LINEAR_CONTENDERS = ("tileweld", "inductor", "eager")
+LINEAR_ROWS = (1, 16, 32, 2048)
+WIDTH, QKV_WIDTH, HIDDEN = 4096, 12288, 14336  # a Llama of 8 billion parameters, all heads with keys of their own
+
+
+def norm_linear(x, scale, weight):
+    """RMSNorm and one projection, [rows, WIDTH] to [rows, QKV_WIDTH]."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+    return torch.nn.functional.linear(normed * scale, weight)
+
+
+def gated_mlp(x, gate, up):
+    """The first half of a gated MLP, [rows, WIDTH] to [rows, HIDDEN]."""
+    return torch.nn.functional.silu(torch.nn.functional.linear(x, gate)) * torch.nn.functional.linear(x, up)
+
+
+LINEARS = {"norm + linear": (norm_linear, [(WIDTH,), (QKV_WIDTH, WIDTH)]), "gated MLP": (gated_mlp, [(HIDDEN, WIDTH), (HIDDEN, WIDTH)])}
+
+
+def measure_linear(case: str, rows: int) -> dict:
+    """One row: milliseconds, TB/s of weights and TFLOP/s of every contender, errors against the same function of float64 inputs."""
+    from triton.testing import do_bench_cudagraph
+
+    spelled, shapes = LINEARS[case]
+    torch.manual_seed(0)
+    x = torch.randn(rows, WIDTH, device="cuda", dtype=torch.bfloat16)
+    weights = [(torch.randn(shape, device="cuda") / WIDTH ** (0.5 * (len(shape) - 1))).bfloat16() for shape in shapes]
+    elements = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+    torch._dynamo.reset()
+    calls = {
+        "tileweld": torch.compile(spelled, backend="tileweld", dynamic=False),
+        "inductor": torch.compile(spelled, mode="max-autotune-no-cudagraphs", dynamic=False),
+        "eager": spelled,
+    }
+    reference = spelled(x[:32].double(), *[w.double() for w in weights])
+    row = {"case": case, "rows": rows}
+    for name, call in calls.items():
+        try:
+            with torch.no_grad():
+                out = call(x, *weights)[:32].double()  # also tunes, which a graph's capture cannot
+                row[f"{name} error"] = ((out - reference).norm() / reference.norm()).item()
+                row[f"{name} ms"] = do_bench_cudagraph(lambda: call(x, *weights), return_mode="median")
+            row[f"{name} TB/s"] = 2 * elements / row[f"{name} ms"] / 1e9
+            row[f"{name} TF"] = 2 * elements * rows / row[f"{name} ms"] / 1e9
+        except Exception as error:  # a contender that cannot run the case is reported, not hidden
+            row[f"{name} failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+    row["numerics"] = "ok" if "tileweld error" in row and row["tileweld error"] <= 2 * row.get("eager error", 5e-3) else "WRONG"
+    if "tileweld ms" in row and "inductor ms" in row:
+        row["against inductor"] = row["inductor ms"] / row["tileweld ms"]
+    return row
+
+
 def cases(quick: bool):
     tokens = (1024, 4096) if quick else (1024, 2048, 4096, 8192, 16384)
     for width, variant, n in itertools.product((64, 128), VARIANTS, tokens):
@@ -130,22 +185,30 @@ def cases(quick: bool):
         yield "causal", 128, n, 32, 8
 
 
-def main(name: str = "h200", quick: bool = typer.Option(False, help="two lengths a variant")) -> None:
+def main(name: str = "h200", quick: bool = typer.Option(False, help="two lengths a variant"), only: str = typer.Option("", help="attention or linear; both without it")) -> None:
     """Measure every case and store benchmarks/results/NAME.json."""
     described = machine()
-    if not torch.cuda.is_available():
-        rows = [{"variant": variant, "head dim": width, "tokens": n, "heads": f"{heads}/{kv}", **{f"{c} ms": None for c in CONTENDERS}} for variant, width, n, heads, kv in cases(quick)]
-        path = store(f"{name}.json", {"attention_forward": {"measured": False, "note": "no GPU was at hand when this file was written: nothing here has been measured", "date": described["date"], "rows": rows}})
-        typer.echo(f"no GPU on this machine: {path} says so and its columns stay empty")
-        return
-    import triton
+    sections = {
+        "attention_forward": ("attention", measure, list(cases(quick)), ["variant", "head dim", "tokens", "heads", "numerics", *[f"{c} TF" for c in CONTENDERS]],
+                              lambda variant, width, n, heads, kv: {"variant": variant, "head dim": width, "tokens": n, "heads": f"{heads}/{kv}", **{f"{c} ms": None for c in CONTENDERS}}),
+        "fused_linear": ("linear", measure_linear, list(itertools.product(LINEARS, LINEAR_ROWS)), ["case", "rows", "numerics", *[f"{c} ms" for c in LINEAR_CONTENDERS], "tileweld TB/s", "tileweld TF", "against inductor"],
+                         lambda case, rows: {"case": case, "rows": rows, **{f"{c} ms": None for c in LINEAR_CONTENDERS}}),
+    }
+    for section, (word, measured, chosen, columns, empty) in sections.items():
+        if only not in ("", word):
+            continue
+        if not torch.cuda.is_available():
+            path = store(f"{name}.json", {section: {"measured": False, "note": "no GPU was at hand when this file was written: nothing here has been measured", "date": described["date"], "rows": [empty(*case) for case in chosen]}})
+            typer.echo(f"no GPU on this machine: {path} says so and its columns stay empty ({section})")
+            continue
+        import triton
 
-    device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "cudnn": torch.backends.cudnn.version(), "date": described["date"]}
-    rows = []
-    for case in cases(quick):
-        rows.append(measure(*case))
-        store(f"{name}.json", {"attention_forward": {"measured": True, **device, "rows": rows}})  # after every case: a cut run keeps what it has
-    show(f"attention forward, bf16, {device['device']}", rows, ["variant", "head dim", "tokens", "heads", "numerics", *[f"{c} TF" for c in CONTENDERS]])
+        device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "cudnn": torch.backends.cudnn.version(), "date": described["date"]}
+        rows = []
+        for case in chosen:
+            rows.append(measured(*case))
+            store(f"{name}.json", {section: {"measured": True, **device, "rows": rows}})  # after every case: a cut run keeps what it has
+        show(f"{section.replace('_', ' ')}, bf16, {device['device']}", rows, columns)
 
 
 if __name__ == "__main__":

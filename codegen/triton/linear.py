@@ -178,7 +178,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _made(text, rows, itemsize, family):
-    return configs(rows, itemsize, max(loop.spread for loop in text.loops), family, fusable=text.fusable)
+    return configs(rows, itemsize, max(loop.spread for loop in text.loops), family, fusable=text.fusable, partial=any(0 < 2 * loop.half < loop.block for loop in text.loops))
 
 
 def _configs(text, itemsize) -> list[str]:

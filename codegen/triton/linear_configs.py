@@ -37,21 +37,25 @@ _MANY = {
         "hip": "t128x128x64w8s2 t256x128x32w8s2 t128x64x64w4s2 f128x64x32w4s1"},
     4: {"cuda": "t32x64x16w4s2 t64x64x16w4s2 t64x64x16w8s2 t32x64x16w8s2 f32x64x16w4s2", "hip": "t64x64x16w8s2 t32x64x32w4s2"},
 }
+#: more than 64 rows of a partial rotary: 128x128 spills 24 bytes on sm_90, where every column has a partner none
+_PARTIAL = {"cuda": "t128x64x64w8s3", "ampere": "t128x64x32w8s4", "hip": "t128x64x64w8s2"}
 #: the interpreter: tiles that a short test crosses
 _CPU = {"one": "g0x32x64w4s1", "few": "f0x64x16w4s1", "many": "t32x64x32w4s1"}
 
 
-def configs(rows: str, itemsize: int, spread: int, family: str, *, fusable: bool) -> tuple[Config, ...]:
+def configs(rows: str, itemsize: int, spread: int, family: str, *, fusable: bool, partial: bool = False) -> tuple[Config, ...]:
     """The configurations for rows "one" (up to 8), "few" (up to 64) or "many"; the default first.
 
     itemsize: of the dot's dtype, 2 or 4. spread: most accumulators of a program. fusable: can the prologue be in the tiled loop;
-    without a prologue the two ways are one.
+    without a prologue the two ways are one. partial: some columns have partners and some have none, which takes registers.
     """
     if family == "cpu":
         text = _CPU[rows]
     else:
         table = {"one": _ONE, "few": _FEW, "many": _MANY}[rows][itemsize]
         text = table.get(family) or table["cuda"]
+        if partial and rows == "many" and itemsize == 2:
+            text = f"{_PARTIAL[family]} {text}"
     found = []
     for config in map(_parse, text.split()):
         if config.kind == "tiled":
