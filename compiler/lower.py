@@ -69,7 +69,7 @@ def put(placer: Placer, choice: Choice, launchers: Mapping[str, Callable | None]
 
 def choose(gm: GraphModule, options: Options) -> list[Choice]:
     """The implementation of every fused op and region of the graph; ops that stand for several are replaced by their parts, nothing is built."""
-    if options.target in ("auto", "cpp"):
+    if options.target != "reference":
         expand(gm, frozenset(SELECTORS) - {torch.ops.tileweld.rms_norm.default})
     choices = []
     for node in gm.graph.nodes:
@@ -77,8 +77,13 @@ def choose(gm: GraphModule, options: Options) -> list[Choice]:
         if selector is not None:
             choices.append(choice := selector(node, target_of(node, options), options))
             choice.node = node
-    regions = find_regions(gm) if options.target in ("auto", "cpp") else []
-    return choices + [region(found) for found in regions]
+    return choices + [region(found, target) for device, target in _region_targets(options) for found in find_regions(gm, device)]
+
+
+def _region_targets(options: Options) -> list[tuple[str, str]]:
+    """(device, what its regions are generated for)"""
+    cpu = [("cpu", "triton" if options.target == "triton" else "cpp")]
+    return {"reference": [], "cpp": cpu}.get(options.target, [*cpu, ("cuda", "triton")])
 
 
 def target_of(node: Node, options: Options) -> str:

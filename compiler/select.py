@@ -134,10 +134,12 @@ def _with_targets(ignored: int, floats: tuple):
     return run
 
 
-def region(found: Region) -> Choice:
+def region(found: Region, target: str = "cpp") -> Choice:
     """A region as one generated kernel."""
     body = found.body
     reason = f"{body.ops} ops in one kernel"
+    if target == "triton":
+        return _triton_region(found, reason)
     try:
         kernel = cpp_region.emit(body)
     except UnsupportedError as error:
@@ -148,6 +150,34 @@ def region(found: Region) -> Choice:
     with value(found.outputs[0]).fake_mode:
         status = torch.empty(1, dtype=torch.int32)
     return Choice("region", reason, kernel=kernel, inputs=found.inputs, outputs=[*found.outputs, status], run=_checked(len(body.inputs)))
+
+
+def _triton_region(found: Region, reason: str) -> Choice:
+    """A region as a Triton kernel. Positions from data are asserted on the device, as ATen does: no status to wait for."""
+    if not _has_triton():
+        return Choice("region", "triton is not installed: pip install 'tileweld[gpu]'")
+    body, device = found.body, value(found.outputs[0]).device
+    if body.checks and torch.version.hip:
+        return Choice("region", "reads positions from data, which is not asserted on HIP")
+    try:
+        kernel = importlib.import_module("..codegen.triton.region", __package__).emit(body)
+    except UnsupportedError as error:
+        return Choice("region", error.what)
+    count = len(body.inputs)
+    choice = Choice("region", reason, kernel=kernel, inputs=found.inputs[:count], outputs=found.outputs, ints=tuple(found.inputs[count:]), has_layout=not body.sizes, interpreted=device.type == "cpu")
+    if any(value(x).device != device for x in choice.inputs):  # scalars that live on the host
+        choice.inputs, choice.ints, choice.run = found.inputs, (), _moved(count, device)
+    return choice
+
+
+def _moved(tensors: int, device: torch.device):
+    def run(launch):
+        def region_kernel(outs, *ins):
+            launch([*outs, *(x.to(device) for x in ins[:tensors])], ins[tensors:], ())
+
+        return region_kernel
+
+    return run
 
 
 def _checked(tensors: int):
