@@ -2,7 +2,7 @@
 
 A rewrite is a module with NAME and find(graph), see compiler/ir/rewrite.py; a normalisation has transform(gm) instead.
 """
-from . import add_layer_norm, add_rms_norm, attention, canonicalise, cross_entropy, gated_mlp, layer_norm, layer_norm_linear, linear, linear_epilogue, qkv_rotary, rms_norm, rms_norm_linear
+from . import add_layer_norm, add_rms_norm, attention, canonicalise, cross_entropy, gated_mlp, layer_norm, layer_norm_linear, linear, linear_epilogue, qkv_rotary, rms_norm, rms_norm_linear, rotary
 
 PIPELINE = (
     canonicalise,  # first: what means the same is spelled the same, and nothing is written in place any more
@@ -16,6 +16,7 @@ PIPELINE = (
     linear,  # every other product with a weight -> tileweld::linear; what is left are products of activations
     rms_norm_linear,  # a norm that matmuls alone read -> their prologue; after them, since it asks who reads the norm
     layer_norm_linear,  # the same for layer norms
+    rotary,  # x cos + partner(x) sin -> tileweld::rotary, where no projection has taken it: behind the norms of q and k
     add_rms_norm,  # x + residual and its norm, both used -> tileweld::add_rms_norm; after the matmuls have taken what they can
     add_layer_norm,  # the same for layer norms
 )
