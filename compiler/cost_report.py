@@ -206,7 +206,7 @@ def si(x) -> str:
     if x is None or getattr(x, "free_symbols", None):
         return "? "
     x = float(x)
-    for scale, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "u"), (1e-9, "n")):
+    for scale, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "u"), (1e-9, "n"), (1e-12, "p")):
         if abs(x) >= scale * 0.9995:
             return f"{x / scale:.3g} {prefix}"
     return "0 "

@@ -7,6 +7,7 @@ import torch
 
 from .. import passes
 from .backend import tileweld
+from .cost_report import launches
 from .lower import choose
 from .options import Options
 from .report import KernelUse, Report
@@ -42,7 +43,9 @@ def trace(fn: Callable, args=(), kwargs=None, *, dynamic: bool | None = None, op
             if losses:
                 torch.autograd.grad(sum(losses), [p for p in _leaves(fn, args, kwargs) if p.requires_grad], allow_unused=True)
     for aot in report.aot:
-        for choice in choose(aot.gm, checked):
+        choices = choose(aot.gm, checked)
+        report.launches.append(launches(choices))
+        for choice in choices:
             name = f"{choice.kernel.language}:{choice.kernel.name}" if choice.kernel is not None else choice.name
             report.kernels.append(KernelUse(choice.op, name, choice.reason, aot.graph))
             if choice.kernel is not None and choice.kernel not in report.sources:

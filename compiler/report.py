@@ -91,6 +91,7 @@ class Report:
         self.aot: list[AotGraph] = []
         self.sources: list = []  # ir.kernel.Kernel, in order of first use
         self.covered: list = []  # cost_report.Covered, one a pass
+        self.launches: list = []  # cost_report.launches of every graph in aot; empty where explain did not fill it in
 
     def mark(self) -> dict[str, int]:
         """The present lengths of all lists, for `rollback`."""
@@ -120,7 +121,8 @@ class Report:
 
         known = len(self.captured), len(self.aot), len(self.covered)
         if getattr(self, "_costs", (None,))[0] != known:
-            self._costs = known, Costs(self, [launches(choose(a.gm, self.options or Options())) for a in self.aot])
+            chosen = self.launches if len(self.launches) == len(self.aot) else [launches(choose(a.gm, self.options or Options())) for a in self.aot]
+            self._costs = known, Costs(self, chosen)
         return self._costs[1]
 
     @property

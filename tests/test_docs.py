@@ -32,7 +32,7 @@ def sessions(path: Path) -> list[tuple[int, str, str]]:
 
 COMMANDS = [(path, *session) for path in FILES for session in sessions(path) if session[1].startswith("tileweld ") and "--arch" not in session[1]]
 # --arch takes seconds a kernel; test_cli.py runs it.
-OTHERS = {"tileweld kernels hf:llama --arch sm_90 --dtype float16", "make demo", "make test", "pip install .", "pip install '.[hf]'", "pip install '.[gpu]'"}
+OTHERS = {"tileweld kernels hf:llama --arch sm_90 --dtype float16", "make demo", "make test", "pip install .", "pip install '.[hf]'", "pip install '.[gpu]'", "pip install '.[plot]'"}
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if blocks(p, "python")], ids=lambda p: p.name)

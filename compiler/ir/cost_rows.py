@@ -178,6 +178,11 @@ ROWS: dict[str, Row] = {
     "tileweld::linear": Row(matmul=_fused_linear, vector=_fused_linear_vector),
     "tileweld::rms_norm": Row(vector=_norm(RMS)),
     "tileweld::rms_norm_backward": Row(vector=lambda c: 8 * elements(c["x"])),  # the norm again (3), two products, a sum, a difference, a product
+    "tileweld::add_rms_norm": Row(vector=_norm(RMS + 1)), "tileweld::add_layer_norm": Row(vector=_norm(LAYER + 1)),
+    "tileweld::embedding_norm": Row(vector=lambda c: (len(c["tables"]) - 1 + (RMS if c["norm"] == "rms" else LAYER)) * elements(c.out), gathers="tables"),
+    "tileweld::rotary": Row(vector=lambda c: 3 * elements(c["x"]) * c["width"] / size(c["x"].shape[-1])),  # two products and a sum
+    "tileweld::cross_entropy": Row(vector=lambda c: (SOFTMAX + (3 if c["softcap"] else 0)) * elements(c["logits"])),
+    "tileweld::cross_entropy_backward": Row(vector=lambda c: (SOFTMAX + (3 if c["softcap"] else 0)) * elements(c["logits"])),
     "tileweld::table": Row(vector=per_output()),
     # norms and softmax
     "aten::rms_norm": Row(vector=_norm(RMS)), "aten::_fused_rms_norm": Row(vector=_norm(RMS)),
@@ -196,7 +201,7 @@ ROWS: dict[str, Row] = {
     **dict.fromkeys((f"aten::{name}" for name in "to _to_copy clone contiguous reshape cat stack repeat repeat_interleave roll flip constant_pad_nd pad tril triu _unsafe_view flatten "
                      "copy lift_fresh_copy slice_scatter select_scatter index_put scatter expand_copy unfold arange linspace full scalar_tensor".split()), COPY),
     **dict.fromkeys((f"aten::{name}" for name in "zeros ones zeros_like ones_like full_like new_zeros new_ones new_full zero fill eye rand randn rand_like randn_like".split()), FILL),
-    **dict.fromkeys(("aten::__or__", "aten::__and__", "aten::__xor__", "aten::square", "aten::softplus", "aten::dropout", "aten::native_dropout"), POINTWISE),  # no tag in torch
+    **dict.fromkeys(("aten::where", "aten::__or__", "aten::__and__", "aten::__xor__", "aten::square", "aten::softplus", "aten::dropout", "aten::native_dropout"), POINTWISE),  # no tag in torch
     # no kernel
     **dict.fromkeys((f"aten::{name}" for name in "empty empty_like new_empty empty_strided new_empty_strided sym_size sym_stride sym_numel _assert_async _assert_scalar lift_fresh detach".split()), FREE),
 }

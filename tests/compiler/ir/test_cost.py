@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tileweld.compiler.ir import cost_rows
+from tileweld.compiler.ir import add_norm, cost_rows, embedding_norm, rotary  # noqa: F401 (register ops)
 from tileweld.compiler.ir import scalar as sc
 from tileweld.compiler.ir.cost import Call, cost, fused, hints, is_kernel, is_known
 from tileweld.compiler.ir.linear import linear  # noqa: F401 (registers the op)
@@ -78,6 +78,16 @@ def test_a_fused_linear_counts_its_products_and_its_texts():
     assert found[0].matmul == 2 * 2 * 6 * 8 * 10
     assert found[0].vector == (2 + 2) * 6 * 8 + 3 * 6 * 10  # square and sum, the text's two products; two products and a sigmoid
     assert found[0].read == 4 * (6 * 8 + 10 * 8 + 8) and found[0].written == 4 * 6 * 10, "the same weight twice is read once"
+
+
+def test_the_other_fused_ops_count_what_they_do():
+    x, w, table = r(3, 4, 8), r(8), r(100, 8)
+    added = only(lambda x, y, w: torch.ops.tileweld.add_rms_norm(x, y, w, 1e-6, 0.0, "after"), x, r(3, 4, 8), w)
+    assert (added.vector, added.read, added.written) == (5 * 96, 4 * (2 * 96 + 8), 4 * 2 * 96)
+    turned = only(lambda x, c: torch.ops.tileweld.rotary(x, c, c, 4, False), r(1, 2, 6, 8), r(6, 4))
+    assert turned.vector == 3 * 48
+    embedded = only(lambda t, i, w: torch.ops.tileweld.embedding_norm([t], [i], [-1], [1.0], [None], "rms", w, None, 1e-6, 0.0, "after"), table, torch.arange(6), w)
+    assert embedded.read == 4 * 6 * 8 + 8 * 6 + 4 * 8 and embedded.written == 4 * 2 * 48
 
 
 @pytest.mark.parametrize(("f", "shape", "vector"), [(torch.tanh, (3, 4), 12), (lambda x: torch.softmax(x, -1), (3, 4), 60), (lambda x: x.sum(-1), (3, 4), 12), (lambda x: x.mean(), (3, 4), 12),
