@@ -130,7 +130,7 @@ def emit(spec: Spec, *, x_dtype: torch.dtype, weight_dtypes: Sequence[torch.dtyp
     """The kernel of a spec, for every number of rows and all strides.
 
     x_dtype: of x and the outputs, weight_dtypes: of the weights, float16, bfloat16 or float32; where they differ, products are
-    in fp32. widths, k: columns of the outputs and of x, as a reader's note: sizes are run-time values.
+    in fp32. widths, k: columns of the outputs and of x, for the kernel's description alone: sizes are run-time values.
     Tensors of a call: [*outputs, x, *weights, *captures], then the integers n0, n1, ...; floats: eps.
     Raises UnsupportedError for other dtypes, and for a weight whose columns have two kinds of partners.
     """
@@ -150,7 +150,7 @@ def emit(spec: Spec, *, x_dtype: torch.dtype, weight_dtypes: Sequence[torch.dtyp
     captures = ", ".join(f"c{n} {_name(d)}[{rank}-d]" for n, (d, rank) in enumerate(zip(capture_dtypes, capture_ranks, strict=True)))
     shape = f"; x [M, {k}] to {', '.join(map(str, widths))} columns" if k is not None and widths else ""
     source = fill(
-        MODULE, norm=spec.norm or "none", prologue=spec.prologue, dtypes=f"{dtype}, {weights}{', ' + captures if captures else ''}{shape}",
+        MODULE, norm=spec.norm or "none", prologue=spec.prologue, dtypes=f"{dtype}, {weights}{', ' + captures if captures else ''}",
         epilogues=[f"out{o}        {e}" + (f"      partners at {spec.pairs[o][1]} in {spec.pairs[o][0]} columns" if spec.partners(o) else "") for o, e in enumerate(spec.epilogues)],
         configs=_configs(text, 4 if wide else 2), kernels=kernels,
         loops="columns, or pairs of them, divided by the accumulators of each",
@@ -160,7 +160,7 @@ def emit(spec: Spec, *, x_dtype: torch.dtype, weight_dtypes: Sequence[torch.dtyp
         unpack=[f"outs, x, weights, captures = tensors[:{outputs}], tensors[{outputs}], tensors[{outputs + 1}:{outputs + 1 + len(weight_dtypes)}], tensors[{outputs + 1 + len(weight_dtypes)}:]", "M, K = x.shape"],
         indexed="*outs, x, *weights", prepare=prepare, total=" + ".join(f"weights[{w}].shape[0]" for group in text.groups for w in group.weights),
         gemv_call=_call(text, "gemv_kernel"), tiled_call=_call(text, "tiled_kernel"), combine_call=_call(text, "combine_kernel"), aot=_aot(text, types))
-    detail = f"norm={spec.norm or 'none'} {' ; '.join(spec.epilogues)} {dtype}"
+    detail = f"norm={spec.norm or 'none'} {' ; '.join(spec.epilogues)} {dtype}{shape}"
     return Kernel(name="linear", language="triton", source=source, entry="linear", rewrite="linear", detail=detail)
 
 
