@@ -32,6 +32,7 @@ from ..compiler.ir.lowered import Buffer, Launch, is_getitem, is_launch
 from ..compiler.ir.packing import pack, peak
 from .liveness import Liveness, Planned, is_inplace, is_view, symbols_of
 from .spelling import COPY, METHOD, OUT, identifier, literal, size_text
+from .vocabulary import Vocabulary
 
 RESERVED = ("arguments", "workspace", "place", "prepare", "sizes", "graph", "take", "give", "torch", "restride", "empty_strided", "integers", "floats", "pointers", "float", "max", "min", "None", "True", "False")
 
@@ -58,13 +59,12 @@ def write(gm: GraphModule) -> Text:
     return _Writer(gm).write()
 
 
-class _Writer:
+class _Writer(Vocabulary):
     def __init__(self, gm: GraphModule):
+        super().__init__(RESERVED)
         self.gm, self.graph = gm, gm.graph
         self.live = Liveness(gm.graph)
         self.names: dict[Node, str] = {}
-        self.taken = set(RESERVED)
-        self.objects: dict[str, object] = {}
         self.symbols: dict[sympy.Symbol, str] = {}  # names of the shape symbols known at entry
         self.body: list[str] = []
         self.ahead: list[str] = []  # of prepare
@@ -73,6 +73,7 @@ class _Writer:
         self.pointers: dict[str, str] = {}  # tensor of the arena -> name of its pointer
         self.prepared: set[Node] = set()
         self.inline: set[Node] = set()
+        self.virtual: dict[Node, Node] = {}
         self.kept: set[Node] = set()  # variables that are not deleted
         self.inner: dict[sympy.Symbol, str] = {}  # names of those that become known on the way
         entry = symbols_of(self.graph)
@@ -143,7 +144,7 @@ class _Writer:
         while stack:
             x = stack.pop()
             read.add(x)
-            stack += x.all_input_nodes if x in self.inline else ()
+            stack += x.all_input_nodes if x in self.inline or x in self.virtual else ()
         dead = [n for n in read if self.live.last_use[n] == line and n in self.names and not (n in self.prepared or n in self.inline or n in self.kept) and n.op != "get_attr" and self._may_hold_memory(n)]
         if dead:
             self.body.append(f"del {', '.join(sorted(self.names[n] for n in dead))}")
@@ -170,13 +171,13 @@ class _Writer:
             self.names[node] = self._once(node.name, self._plain(node, self._ahead_argument))
             self.prepared.add(node)
             self.known_layout.add(node)
+        elif self._is_virtual(node):
+            self.virtual[node] = node
+            self._read_in_place_of(node)
         elif self._is_inline(node):
             self.names[node] = self._plain(node, self._argument)
             self.inline.add(node)
-            (user,), x = node.users, node
-            while x in self.inline:  # what it is a view of is read there, too
-                x = x.args[0]
-                self.live.last_use[x] = max(self.live.last_use[x], self.live.lines[user])
+            self._read_in_place_of(node)
         else:
             text = self._plain(node, self._argument)
             if node.users or not is_inplace(node):
@@ -186,12 +187,19 @@ class _Writer:
                     self.inner.setdefault(size(value(node)), self.names[node])
             self.body.append(text)
 
+    def _read_in_place_of(self, node: Node) -> None:
+        """What a view without a variable is a view of is read where the view is."""
+        x, last = node, max(self.live.lines[u] for u in node.users)
+        while x in self.inline or x in self.virtual:
+            x = x.args[0]
+            self.live.last_use[x] = max(self.live.last_use[x], last)
+
     def _is_inline(self, node: Node) -> bool:
         """A view that one call reads is written where it is read."""
         if node.target not in METHOD or not is_view(node) or len(node.users) != 1:
             return False
         (user,) = node.users
-        return user.op == "call_function" and not is_launch(user) and user.target not in COPY and sum(a is node for a in torch.utils._pytree.tree_leaves((user.args, user.kwargs))) == 1
+        return user.op == "call_function" and not is_launch(user) and not self._is_virtual(user) and user.target not in COPY and sum(a is node for a in torch.utils._pytree.tree_leaves((user.args, user.kwargs))) == 1
 
     def _is_provided(self, planned: Planned) -> bool:
         """Do we give the call its buffer? Not where the result leaves the graph: then the call may as well make it."""
@@ -246,12 +254,10 @@ class _Writer:
             planned = self.live.planned[(node, k)]
             outs.append(self._allocate(planned, planned.node.meta.get("name", planned.node.name) if planned.node is not node else f"unread_{k}"))
         said = self._said(*(self.live.planned[(node, k)] for k in range(len(outs))))
-        is_direct = launch.run is None and launch.kernel is not None and launch.kernel.language == "cpp"
-        if launch.layouts is not None or is_direct:
-            for x in ins:
-                self._fix_layout(x)
-        tensors = [*outs, *(self._argument(x) for x in ins)]
-        if not is_direct:
+        direct = is_direct(launch)
+        given = [self._laid_out(x) if launch.layouts is not None or direct else self._argument(x) for x in ins]
+        tensors = [*outs, *given]
+        if not direct:
             function = self._object(launch.__name__, launch.function or launch.launcher)
             given = [f"[{', '.join(outs)}]", *tensors[len(outs):]] if launch.run is not None else [f"[{', '.join(tensors)}]", f"[{', '.join(map(self._argument, ints))}]", f"[{', '.join(map(self._argument, floats))}]"]
             self.body.append(f"{function}({', '.join(given)}){said}")
@@ -269,11 +275,10 @@ class _Writer:
         else:
             integers = self._once(f"{launch.__name__}_integers", packed)
         doubles = self._once(f"{launch.__name__}_floats", f"floats({', '.join(map(self._argument, floats))})") if not any(isinstance(x, Node) for x in floats) else f"floats({', '.join(map(self._argument, floats))})"
-        where = [self._pointer(x) for x in tensors]
+        where = [*map(self._pointer, outs), *(self._pointer(t, self.virtual.get(x)) for t, x in zip(given, ins))]
+        pointers = f"{self._packer(len(where))}({', '.join(where)})"
         if all(x in self.made for x in where):
-            pointers = self._once(f"{launch.__name__}_pointers", f"pointers({', '.join(where)})")
-        else:
-            pointers = f"pointers({', '.join(where)})"
+            pointers = self._once(f"{launch.__name__}_pointers", pointers)
         self.body.append(f"{entry}({pointers}, {integers}, {doubles}){said}")
 
     def _entry_size(self, e) -> str | None:
@@ -291,18 +296,41 @@ class _Writer:
         self.made.append(name)
         return name
 
-    def _pointer(self, tensor: str) -> str:
-        return self._once(f"p_{tensor}", f"{tensor}.data_ptr()") if tensor in self.made else f"{tensor}.data_ptr()"
+    def _pointer(self, tensor: str, view: Node | None = None) -> str:
+        """The address of a tensor, or of a view of it that has no variable of its own."""
+        pointer = self._once(f"p_{tensor}", f"{tensor}.data_ptr()") if tensor in self.made else f"{tensor}.data_ptr()"
+        offset = _offset(view) - _offset(self._behind(view)) if view is not None else 0
+        return f"{pointer} + {int(offset) * value(view).element_size()}" if offset else pointer
 
-    def _fix_layout(self, node: Node) -> None:
-        """A tensor from elsewhere gets the strides that its fake value has, if they should differ."""
-        if node in self.known_layout or not is_tensor(node):
-            return
-        self.known_layout.add(node)
-        buffer, name = Buffer(value(node)), self.names[node]
+    def _is_virtual(self, node: Node) -> bool:
+        """A view with static strides that kernels of ours alone read: they are given its address, and no tensor is made for it."""
+        return is_view(node) and bool(node.users) and value(node).dtype == value(node.args[0]).dtype and all(isinstance(n, int) for x in (node, node.args[0]) for n in (*value(x).shape, *value(x).stride(), value(x).storage_offset())) \
+            and all(self._is_virtual(u) or (is_launch(u) and is_direct(u.target)) for u in node.users)
+
+    def _behind(self, node: Node) -> Node:
+        """What a virtual view is a view of."""
+        while node in self.virtual:
+            node = node.args[0]
+        return node
+
+    def _laid_out(self, node: Node) -> str:
+        """The name of a tensor with the strides that its fake value has: one from elsewhere is copied if they should differ."""
+        behind = self._behind(node)
+        if not is_tensor(behind):
+            return self._argument(behind)
+        name = self.names[behind]
+        buffer = Buffer(value(behind))
         sizes, strides = ([self._entry_size(e) for e in row] for row in (buffer.sizes, buffer.strides))
-        if None not in sizes + strides and sizes:
-            self.body.append(f"if {name}.stride() != {_tuple(strides)}: {name} = restride({name}, {_tuple(sizes)}, {_tuple(strides)})")
+        if behind in self.known_layout or None in sizes + strides or not sizes:
+            return name
+        laid_out = f"restride({name}, {_tuple(sizes)}, {_tuple(strides)})"
+        if self.live.bases[behind] & self.live.written:  # a copy would not see later writes, and writes to it would be lost
+            other = self._name(f"{name}_laid_out")
+            self.body.append(f"{other} = {name} if {name}.stride() == {_tuple(strides)} else {laid_out}")
+            return other
+        self.known_layout.add(behind)
+        self.body.append(f"if {name}.stride() != {_tuple(strides)}: {name} = {laid_out}")
+        return name
 
     # ---------------------------------------------------------------- buffers and names
 
@@ -340,32 +368,14 @@ class _Writer:
     def _ahead_argument(self, x) -> str:
         return self._written(x, lambda n: self.names[n] if is_tensor(n) else self._entry_number(n))
 
-    def _written(self, x, name: Callable[[Node], str]) -> str:
-        if isinstance(x, Node):
-            return name(x)
-        if isinstance(x, (list, tuple)):
-            inner = ", ".join(self._written(y, name) for y in x)
-            return f"[{inner}]" if isinstance(x, list) else f"({inner}{',' if len(x) == 1 else ''})"
-        if isinstance(x, slice):
-            return f"slice({', '.join(self._written(y, name) for y in (x.start, x.stop, x.step))})"
-        made = literal(x)
-        return made if made is not None else self._object("constant", x)
 
-    def _object(self, name: str, x) -> str:
-        for known, other in self.objects.items():
-            if other is x and x is not None:
-                return known
-        name = self._name(name)
-        self.objects[name] = x
-        return name
+def is_direct(launch: Launch) -> bool:
+    """Is the kernel called with packed pointers and numbers, without a function in between?"""
+    return launch.run is None and launch.kernel is not None and launch.kernel.language == "cpp"
 
-    def _name(self, text: str) -> str:
-        name = base = identifier(text)
-        number = 1
-        while name in self.taken:
-            name, number = f"{base}_{number}", number + 1
-        self.taken.add(name)
-        return name
+
+def _offset(node: Node) -> int:
+    return value(node).storage_offset()
 
 
 def _tuple(texts: list[str]) -> str:

@@ -33,10 +33,11 @@ ELEMENTWISE = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten
                          aten.abs.default, aten.erf.default, aten.silu.default, aten.gelu.default})
 #: ops whose result is their argument's values in other memory: buffer.copy_(x)
 COPY = frozenset({aten.clone.default, aten._to_copy.default})
-#: views by the method that makes them
+#: views and updates in place by the method that makes them
 METHOD = {aten.t.default: "t", aten.view.default: "view", aten._unsafe_view.default: "view", aten.permute.default: "permute", aten.transpose.int: "transpose", aten.unsqueeze.default: "unsqueeze",
           aten.squeeze.dim: "squeeze", aten.squeeze.dims: "squeeze", aten.squeeze.default: "squeeze", aten.expand.default: "expand", aten.select.int: "select", aten.detach.default: "detach",
-          aten.split.Tensor: "split", aten.as_strided.default: "as_strided", aten.sym_size.int: "size", aten.sym_stride.int: "stride"}
+          aten.split.Tensor: "split", aten.as_strided.default: "as_strided", aten.sym_size.int: "size", aten.sym_stride.int: "stride", aten.index_copy_.default: "index_copy_", aten.copy_.default: "copy_",
+          aten.index_add_.default: "index_add_"}
 
 
 def size_text(e: sympy.Expr, names: dict[sympy.Symbol, str]) -> str:
