@@ -17,9 +17,10 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import fusion
 import torch
 import typer
-from harness import interleaved, machine, relative_error, show, store
+from harness import interleaved, machine, peak_extra, relative_error, show, store
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
@@ -111,17 +112,6 @@ def memory(name: str) -> dict:
     return {"what": name, "extra MiB": extra / 2**20, "T x T MiB": tokens * tokens * 4 / 2**20, "share": extra / (tokens * tokens * 4)}
 
 
-def peak_extra(call) -> int:
-    """Bytes by which the resident set rises at its peak during a call (Linux: VmHWM, reset through clear_refs)."""
-    def status(key):
-        return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    call()
-    return status("VmHWM") - before
-
-
 FIRST_CALL = """
 import time, torch, cpu
 model, tokens = cpu.llama()
@@ -151,7 +141,7 @@ def case_compile() -> dict:
     return {"rows": rows}
 
 
-CASES = {"llama_eager": case_llama_eager, "window_softcap": case_window_softcap, "memory": case_memory, "compile": case_compile}
+CASES = {"llama_eager": case_llama_eager, "window_softcap": case_window_softcap, "memory": case_memory, "compile": case_compile, **fusion.CASES}
 
 
 def main(cases: list[str] = typer.Argument(None, help=f"some of: {', '.join(CASES)}"), rounds_file: bool = typer.Option(True, "--store/--no-store", help="write benchmarks/results/cpu.json")) -> None:

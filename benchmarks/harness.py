@@ -31,6 +31,17 @@ def interleaved(contenders: dict[str, Callable[[], object]], rounds: int, warmup
     return {name: {"median_ms": statistics.median(t), "min_ms": min(t), "max_ms": max(t), "rounds": rounds} for name, t in times.items()}
 
 
+def peak_extra(call) -> int:
+    """Bytes by which the resident set rises at its peak during a call (Linux: VmHWM, reset through clear_refs)."""
+    def status(key):
+        return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    call()
+    return status("VmHWM") - before
+
+
 def machine() -> dict:
     """Date, processor, cores used, versions: what a figure means nothing without."""
     model = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
