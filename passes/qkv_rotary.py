@@ -45,9 +45,15 @@ def find(graph: Graph) -> Iterator[Match | Refusal]:
         if len(outputs) < 2:
             continue
         try:
-            yield match(outputs, _detail(outputs), writes, outside)
-        except Refused as refused:
-            yield refused.refusal
+            found = match(outputs, _detail(outputs), writes, outside)
+        except Refused:  # one takes another in as a capture (a gate that was not fused): each without what follows it
+            outputs = [o for product in group if (o := longest(product.node, product, None, lambda o: o.epilogue.is_plain)) is not None]
+            try:
+                found = match(outputs, _detail(outputs), writes, outside)
+            except Refused as refused:
+                yield refused.refusal
+                continue
+        yield found
         sweep(graph, outputs)
 
 

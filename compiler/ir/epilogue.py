@@ -198,6 +198,8 @@ def _named(e, stream, lift, grid, terms, pair, rows, columns, y, dims) -> Epilog
             names[x] = sc.load(element(-1 - a.product, accumulator=a), position)
             continue
         node = node_of[x.args[0]]
+        if node not in border:  # the tensor of a number that was read with item()
+            raise Unliftable(f"it reads a number from {node}")
         index, runs = _joined(x.args[1:], node, [y[k] for k in rows], [y[k] for k in columns])
         names[x] = sc.load(element(border[node], bool(x.args[0].is_integer), runs), *(p.xreplace(place) for p in index))
     e = e.xreplace(names).xreplace(place)

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import sympy
@@ -101,8 +102,8 @@ class _Rows(Evaluator):
         return super().float(e) if isinstance(value, Tensor) else torch.full((), value, dtype=self.dtype, device=self.device)
 
     def _evaluate(self, e):
-        if e.is_Integer:
-            return int(e)
+        if sc.is_const(e):  # a Python number: a tensor made here would be a constant of the traced graph
+            return sc.value_of(e) if e is not sympy.nan else math.nan
         if isinstance(e, sc.load):
             value, index = self.captures[int(e.args[0].name[1:])], e.args[1:]
             if index in ((sc.J,), (sc.I, sc.J)):
