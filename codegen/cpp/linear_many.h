@@ -152,7 +152,7 @@ static void many_rows(const Call& call) {
 extern "C" void linear(void* const* data, const int64_t* ints, const double* floats) {
     const Call call = read_call(data, ints, floats);
     if (call.rows == 0 || TOTAL == 0) return;
-    bool in_rows = true;  // the weights lie in rows of K
-    for (int n = 0; n < ORDERED; ++n) in_rows &= call.weight[ORDER[n]].column == 1;
-    are_few(call.rows) && in_rows ? few_rows(call) : many_rows(call);
+    bool dense = true;  // the weights lie in rows of K or in columns of N
+    for (int n = 0; n < ORDERED; ++n) dense &= call.weight[ORDER[n]].column == 1 || call.weight[ORDER[n]].row == 1;
+    are_few(call.rows) && dense ? few_rows(call) : many_rows(call);
 }
