@@ -18,6 +18,7 @@ from ..runtime.launch import CppLauncher
 from ..runtime.source_module import load_python_source
 from . import log
 from .assemble import assemble
+from .constants import fold_constants
 from .errors import BuildError, CompilerNotFound
 from .ir.graph import is_tensor, value
 from .ir.lowered import Launch
@@ -68,9 +69,10 @@ def put(placer: Placer, choice: Choice, launchers: Mapping[str, Callable | None]
 
 
 def choose(gm: GraphModule, options: Options) -> list[Choice]:
-    """The implementation of every fused op and region of the graph; ops that stand for several are replaced by their parts, nothing is built."""
+    """The implementation of every fused op and region of the graph; ops that stand for several are replaced by their parts, what no input reaches by constants; nothing is built."""
     if options.target != "reference":
         expand(gm, frozenset(SELECTORS) - {torch.ops.tileweld.rms_norm.default})
+    fold_constants(gm)
     choices = []
     for node in gm.graph.nodes:
         selector = SELECTORS.get(node.target) if node.op == "call_function" else None
