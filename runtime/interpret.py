@@ -8,6 +8,7 @@ the library's compiled functions are replaced by interpreted ones. Works in a pr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import threading
 from types import ModuleType
@@ -49,6 +50,9 @@ def interpreting():
 
         interpreter._patch_lang_tensor = patch_tensor_and_index
         stack.callback(setattr, interpreter, "_patch_lang_tensor", patch_tensor)
+        builder = interpreter.interpreter_builder
+        stack.callback(setattr, builder, "options", builder.options)
+        builder.options = dataclasses.replace(builder.options, debug=True, sanitize_overflow=False)  # assertions act in debug mode alone
         yield
 
 

@@ -5,8 +5,11 @@
 """
 from __future__ import annotations
 
+import math
+
 import sympy
 from sympy import And, Integer, Symbol
+from sympy.core.relational import Relational
 
 from ...compiler.ir import scalar as sc
 from ...compiler.ir.interval import interval, nonnegative, tighten
@@ -27,11 +30,11 @@ class Flattened:
         self.rows, self.columns = list(nest.rows), list(nest.columns)
         if not nest.reductions:
             self.rows, self.columns = [*self.rows, *self.columns], []
-        flat = lambda e: self._flat(tighten(e, self.ranges))  # noqa: E731
+        flat = lambda e: self._flat(_refined(e, self.ranges, {}))  # noqa: E731
         self.reductions = [flat(r.expr) for r in nest.reductions]
         self.outputs = [flat(o.expr) for o in nest.outputs]
         self.offsets = [self._offset(body.outputs[o.number], [self._flat(e) for e, n in zip(o.index, body.outputs[o.number].sizes) if n != 1]) for o in nest.outputs]
-        self.checks = [(self._flat(c.index), c.low, c.high) for c in body.checks if c.nest == number]
+        self.checks = [(flat(c.index), c.low, c.high) for c in body.checks if c.nest == number]
         self.rows, self.columns = self._ordered(self.rows), self._ordered(self.columns)
         self.rows = self._merged(self.rows)
         self.columns = self._merged(self.columns)
@@ -84,6 +87,22 @@ class Flattened:
                 ends = interval(e, self.ranges)
                 found += [sympy.Max(ends[1], -ends[0])] if ends is not None else [Integer(2**31)]
         return list(dict.fromkeys(found))
+
+    def constancy(self, guard) -> int:
+        """Of how many aligned neighbours along memory (16 at most, a power of two) a condition surely has one value."""
+        loops = self.rows if self.is_down or not self.columns else self.columns
+        if not loops or guard.atoms(sc.load):
+            return 1
+        x, n = loops[-1]
+        count = math.gcd(16, int(n.as_coeff_Mul()[0]))
+        for relation in guard.atoms(Relational):
+            found = _edge(relation, x)
+            if found is None:
+                return 1
+            edge, _ = found
+            for term in sympy.Add.make_args(edge):
+                count = math.gcd(count, int(term.as_coeff_Mul()[0]))
+        return count
 
     # ---- offsets
 
@@ -150,6 +169,55 @@ class Flattened:
         self.reductions, self.outputs, self.offsets = ([change(e) for e in row] for row in (self.reductions, self.outputs, self.offsets))
         self.checks = [(change(e), low, high) for e, low, high in self.checks]
         return True
+
+
+def _edge(relation, x):
+    """(the first x on the other side of a linear condition, does it hold below); edge 0 where x is not in it; None where there is no such number."""
+    difference = sympy.expand(relation.lhs - relation.rhs)
+    slope = difference.coeff(x)
+    rest = sympy.expand(difference - slope * x)
+    if x in rest.free_symbols or rest.atoms(sc.load, sc.mod, sc.floordiv) or slope not in (-1, 0, 1) or relation.rel_op not in ("<", "<=", ">", ">="):
+        return None
+    if slope == 0:
+        return Integer(0), True
+    below = (slope > 0) == (relation.rel_op in ("<", "<="))
+    behind = relation.rel_op in ("<", ">=") if slope > 0 else relation.rel_op in ("<=", ">")  # x < 8 changes at 8, x <= 7 too
+    return -slope * rest + (0 if behind else 1), below
+
+
+def _refined(e, ranges: dict, known: dict):
+    """e with what its conditions say of the indices put to use: in where(x < 8, c0[min(x, 7)], y) the minimum is x.
+
+    A clamp in an index hides from Triton that neighbours are read; the guard of the load takes its place.
+    """
+    if not isinstance(e, sympy.Basic) or not e.args or not e.has(sc.where):
+        return tighten(e, ranges)
+    key = e, tuple(ranges.items())
+    if key not in known:
+        if isinstance(e, sc.where):
+            condition, x, y = e.args
+            condition = tighten(condition, ranges)
+            known[key] = sc.select(condition, _refined(x, _narrowed(condition, ranges, True), known), _refined(y, _narrowed(condition, ranges, False), known))
+        elif sc.is_bool(e):
+            known[key] = tighten(e, ranges)
+        else:
+            known[key] = e.func(*(_refined(a, ranges, known) for a in e.args))
+    return known[key]
+
+
+def _narrowed(condition, ranges: dict, holds: bool) -> dict:
+    """The ranges where a condition on one index holds, or where it does not."""
+    made = dict(ranges)
+    for relation in condition.args if isinstance(condition, And) and holds else [condition]:
+        symbols = relation.free_symbols & set(ranges) if isinstance(relation, Relational) else ()
+        if len(symbols) != 1 or (found := _edge(relation, x := next(iter(symbols)))) is None:
+            continue
+        (edge, below), (low, high) = found, made[x]
+        if below == holds:
+            made[x] = (low, edge - 1 if high.is_Integer and edge.is_Integer and edge <= high else high)
+        else:
+            made[x] = (edge if low.is_Integer and edge.is_Integer and edge > low else low, high)
+    return made
 
 
 def _children(e):

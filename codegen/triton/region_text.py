@@ -41,9 +41,10 @@ def $name($arguments):
 class _Text(TritonText):
     """Values that have a name are printed as it."""
 
-    def __init__(self, rows: set, columns: set, tile: bool):
+    def __init__(self, flat: Flattened, tile: bool):
         super().__init__()
-        self.row_symbols, self.column_symbols, self.tile = rows, columns, tile
+        self.flat, self.tile = flat, tile
+        self.row_symbols, self.column_symbols = flat.row_symbols, flat.column_symbols
 
     def mask(self, e) -> list[str]:
         """What must hold for this value to exist, by the indices that it depends on."""
@@ -54,9 +55,17 @@ class _Text(TritonText):
 
     def _load(self, e, condition):
         symbol, offset, guard = e.args
-        masks = self.mask(e) + ([] if guard is sympy.true else [self.emit(guard, ATOM)])
+        masks = self.mask(e) + ([] if guard is sympy.true else [self._guard(guard)])
         masked = f", mask={' & '.join(masks)}, other=0" if masks else ""
         return f"tl.load({symbol}_ptr + {self.place(offset)}{masked}).to({'tl.int64' if sc.is_int(e) else 'tl.float32'})"
+
+    def _guard(self, guard) -> str:
+        """With how many neighbours share its truth, which Triton sees of whole blocks alone: rotary's halves would be loaded element by element."""
+        count = self.flat.constancy(guard)
+        if count == 1:
+            return self.emit(guard, ATOM)
+        shape = str(count) if not self.tile else f"[{count}, 1]" if self.flat.is_down else f"[1, {count}]"
+        return f"tl.max_constancy({self(guard)}, {shape})"
 
     def place(self, offset) -> str:
         return self(offset)
@@ -70,7 +79,7 @@ class NestText:
         self.flat = Flattened(body, nest, number)
         self.is_flat = not nest.reductions
         self.is_splittable = not self.is_flat and all(r.level == 1 for r in nest.reductions) and all(o.is_row for o in nest.outputs)
-        self.printer = _Text(self.flat.row_symbols, self.flat.column_symbols, not self.is_flat)
+        self.printer = _Text(self.flat, not self.is_flat)
         self.temporaries = 0
 
     @property
