@@ -1,10 +1,11 @@
-"""rotary: x cos + partner(x) sin  ->  tileweld::rotary(x, cos, sin, width, interleaved), for rotary that no projection has taken
+"""rotary: x cos + partner(x) sin  ->  tileweld::rotary(x, cos, sin, width, pairs), for rotary that no projection has taken
 
 What qkv_rotary leaves: q and k behind their own norms (Qwen 3, Gemma 3), packed or cached projections, graphs where it is off. Start at
 a sum, a cat or a reshape; lift its value at (..., d) down to products of two elements (compiler/ir/lift.py) and compare, for every d, with
 
     half-split     y[t] = x[t] cos - x[t + w/2] sin         y[t + w/2] = x[t + w/2] cos + x[t] sin
-    interleaved    y[2t] = x[2t] cos - x[2t + 1] sin        y[2t + 1] = x[2t + 1] cos + x[2t] sin        y[d] = x[d] from w on
+    interleaved    y[2t] = x[2t] cos - x[2t + 1] sin        y[2t + 1] = x[2t + 1] cos + x[2t] sin
+    regrouped      y[t] = x[2t] cos - x[2t + 1] sin         y[t + w/2] = x[2t + 1] cos + x[2t] sin             y[d] = x[d] from w on
 
 so rotate_half, chunks, slices of step two, stacks, unbinds and partial rotary need no spelling of their own; the product of complex
 numbers, which has no real expression to lift, is read as it stands. Angles and scalings (NTK, YaRN) are in the tables (Su et al., 2104.09864).
@@ -69,7 +70,7 @@ class Rotary:
     cos: Node
     sin: Node | None
     width: int
-    interleaved: bool
+    pairs: str
     nodes: set[Node]
 
     def match(self, root: Node) -> Match:
@@ -80,12 +81,11 @@ class Rotary:
                 cos, sin = (insert(graph, aten.select.int, both, -1, k) for k in (0, 1))
             wide = torch.promote_types(value(x).dtype, dtype)
             x = x if value(x).dtype == wide else insert(graph, aten.to.dtype, x, wide)
-            y = insert(graph, torch.ops.tileweld.rotary.default, x, cos, sin, self.width, self.interleaved)
+            y = insert(graph, torch.ops.tileweld.rotary.default, x, cos, sin, self.width, self.pairs)
             return y if value(y).dtype == dtype else insert(graph, aten.to.dtype, y, dtype)
 
         total = int(shape(root)[-1])
-        form = "interleaved" if self.interleaved else "half-split"
-        detail = f"{form}, {f'{self.width} of {total}' if self.width < total else total}" + (", complex" if self.sin is None else "")
+        detail = f"{self.pairs}, {f'{self.width} of {total}' if self.width < total else total}" + (", complex" if self.sin is None else "")
         return Match(root, tuple(dict.fromkeys(n for n in (self.x, self.cos, self.sin) if n is not None)), build, detail)
 
 
@@ -147,10 +147,10 @@ def _real(root: Node) -> Rotary:
         tables = [p.args[1] if x in a else p.args[0] for p, (a, b) in zip(products, sides)]
         moving = {n for p, (a, b) in zip(products, sides) for n in (a if x in a else b)}
         lift = _Elements(root, x, tables, set(inside) | moving)
-        for interleaved in (False, True):
+        for pairs in _op.PAIRS:
             for width in _widths(int(total), products):
                 try:
-                    cos, sin = lift.tables(width, interleaved)
+                    cos, sin = lift.tables(width, pairs)
                 except (NotThePattern, Unliftable):
                     continue
                 except Refused as refused:
@@ -158,7 +158,7 @@ def _real(root: Node) -> Rotary:
                     continue
                 behind = _between(inside, products, x)
                 _nothing_escapes(root, behind)
-                return Rotary(x, cos, sin, width, interleaved, behind)
+                return Rotary(x, cos, sin, width, pairs, behind)
     raise failure or NotThePattern
 
 
@@ -198,21 +198,22 @@ class _Elements(Lift):
             raise Unliftable("an operand")
         return super()._lift(node, index)
 
-    def tables(self, width: int, interleaved: bool) -> tuple[Node, Node]:
+    def tables(self, width: int, pairs: str) -> tuple[Node, Node]:
         """(cos, sin) if root is this rotary; NotThePattern, or Refused where only signs or tables differ."""
         half, total = width // 2, int(shape(self.root)[-1])
-        first, second = (2 * T, 2 * T + 1) if interleaved else (T, T + half)
-        a, b = ([self._term(*t) for t in self._terms(at, half)] for at in (first, second))
+        apart, together = (T, T + half), (2 * T, 2 * T + 1)
+        (first, second), places = apart if pairs == "half-split" else together, together if pairs == "interleaved" else apart
+        a, b = ([self._term(*t) for t in self._terms(at, half)] for at in places)
         if width < total and self._terms(T + width, total - width) != [(1, [self._element(T + width)])]:
             raise NotThePattern
         signs, found = [], {}
-        for terms, own, other in ((a, first, second), (b, second, first)):
+        for terms, own, other, place in ((a, first, second, places[0]), (b, second, first, places[1])):
             by_column = {column: (sign, table) for sign, column, table in terms}
             if len(terms) != 2 or set(by_column) != {own, other}:
                 raise NotThePattern
             signs.append((by_column[own][0], by_column[other][0]))
-            found.setdefault("cos", []).append((by_column[own][1], own))
-            found.setdefault("sin", []).append((by_column[other][1], own))
+            found.setdefault("cos", []).append((by_column[own][1], place))
+            found.setdefault("sin", []).append((by_column[other][1], place))
         if signs != [(1, -1), (1, 1)]:
             raise Refused("rotates backwards" if signs == [(1, 1), (1, -1)] else f"the signs are {_plus(signs[0])} and {_plus(signs[1])}, a rotation has +- and ++", self.root,
                           "negate sin before, or rotate the other way")
@@ -309,5 +310,5 @@ def _complex(root: Node) -> Rotary | None:
         nodes = {root, node, real, product}
         if any(user not in nodes for n in nodes - {root} for user in n.users):
             return None
-        return Rotary(x, table, None, int(shape(x)[-1]), True, nodes)
+        return Rotary(x, table, None, int(shape(x)[-1]), "interleaved", nodes)
     return None

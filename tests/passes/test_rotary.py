@@ -29,6 +29,11 @@ def deepseek(x, cos, sin):
     return x * cos + rotate_half(x) * sin
 
 
+def regrouped(x, cos, sin):
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
 def partial(x, cos, sin):
     width = cos.shape[-1]
     rotated, rest = x[..., :width], x[..., width:]
@@ -58,6 +63,7 @@ SPELLINGS = {
     "gpt-j": (lambda x, c, s: x * c.repeat_interleave(2, -1) + rotate_every_two(x) * s.repeat_interleave(2, -1), D // 2, "interleaved, 16"),
     "unbind": (unbound, D // 2, "interleaved, 16"),
     "partial interleaved": (partial_interleaved, 4, "interleaved, 8 of 16"),
+    "regrouped": (regrouped, D // 2, "regrouped, 16"),
     "complex": (complex_product, D // 2, "interleaved, 16, complex"),
 }
 
