@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -72,6 +73,15 @@ class Result:
                  "difference": r.difference, "flops_per_second": flops / r.median if flops and r.median else None, "bytes_per_second": moved / r.median if moved and r.median else None,
                  "of_roofline": best / r.median if best and r.median else None, "error": r.error} for r in self.rows]
         return {"target": self.target, "device": dataclasses.asdict(self.device), "threads": torch.get_num_threads(), "roofline_seconds": best, "flops": flops, "bytes": moved, "rows": rows, "warnings": self.report.warnings}
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        out = io.StringIO()
+        console = Console(file=out, width=140, no_color=True)
+        for part in self.tables():
+            console.print(part)
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
 
     def tables(self) -> list:
         """rich renderables: a row a contender, the work that all are held to, warnings."""

@@ -142,11 +142,7 @@ def bench(target: TARGET, device: DEVICE = None, rounds: Annotated[int, typer.Op
             from .roofline import draw
 
             draw(result.costs, result.device, plot, title=target, measured=result.measured())
-        if as_json:
-            typer.echo(json.dumps(result.to_json(), indent=2))
-        else:
-            for part in result.tables():
-                _console().print(part)
+        _show_report(result, as_json)
         if result.row("tileweld").error is not None and result.row("tileweld").seconds is None:
             raise typer.Exit(1)
 
@@ -260,7 +256,8 @@ def _dumped(report, options, stage, form, diff) -> str:
 
 def _show_report(report, as_json) -> None:
     if as_json:
-        typer.echo(report.to_json())
+        made = report.to_json()
+        typer.echo(made if isinstance(made, str) else json.dumps(made, indent=2))
         return
     console = _console()
     if not console.is_terminal:  # rich would cut lines at 80 columns in a file or a pipe

@@ -199,7 +199,7 @@ ROWS: dict[str, Row] = {
     **dict.fromkeys(("aten::index", "aten::index_select", "aten::gather", "aten::take", "aten::take_along_dim"), GATHER),
     # copies and fills
     **dict.fromkeys((f"aten::{name}" for name in "to _to_copy clone contiguous reshape cat stack repeat repeat_interleave roll flip constant_pad_nd pad tril triu _unsafe_view flatten "
-                     "copy lift_fresh_copy slice_scatter select_scatter index_put scatter expand_copy unfold arange linspace full scalar_tensor".split()), COPY),
+                     "copy lift_fresh_copy slice_scatter select_scatter slice_backward select_backward embedding_dense_backward index_put scatter expand_copy unfold arange linspace full scalar_tensor".split()), COPY),
     **dict.fromkeys((f"aten::{name}" for name in "zeros ones zeros_like ones_like full_like new_zeros new_ones new_full zero fill eye rand randn rand_like randn_like".split()), FILL),
     **dict.fromkeys(("aten::where", "aten::__or__", "aten::__and__", "aten::__xor__", "aten::square", "aten::softplus", "aten::dropout", "aten::native_dropout"), POINTWISE),  # no tag in torch
     # no kernel
