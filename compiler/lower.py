@@ -62,7 +62,7 @@ def put(placer: Placer, choice: Choice, launchers: Mapping[str, Callable | None]
         layouts = [(tuple(value(x).shape), tuple(value(x).stride())) for x in choice.inputs] if choice.has_layout else None
         name = f"{choice.kernel.language}_{choice.kernel.name}"
         try:
-            placer.put(choice, Launch(name, [value(o) for o in choice.outputs], choice.kernel, launchers[choice.kernel.source], choice.run, layouts))
+            placer.put(choice, Launch(name, [value(o) for o in choice.outputs], choice.kernel, launchers[choice.kernel.source], choice.run, layouts, choice.inplace))
         except CannotPlace as error:
             return str(error)
     return ""

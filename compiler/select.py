@@ -46,6 +46,7 @@ class Choice:
     run: Callable[[Callable], Callable] | None = None
     has_layout: bool = False  # the kernel holds its tensors' sizes and strides: none are passed
     interpreted: bool = False
+    inplace: tuple[tuple[int, int], ...] = ()  # (output, input) that may be one memory: the kernel reads that input's element once, before it writes the same one of the output
 
 
 def results(node: Node) -> list:
