@@ -77,6 +77,7 @@ CASES = {
     "a prologue of captures": Case(prologue="x*sigmoid(c0[i, j]) + c1[i]", captures=(floats("M", "K"), floats("M"))),
     "integers": Case(("where(c0[i, j] != 0, a0, c2[c1[i], j])",), captures=(lambda M, K, N: torch.rand(M, N) > 0.5, lambda M, K, N: torch.arange(M) % 3 - 3, floats(3, "N"))),
     "a scalar": Case(("a0*c0 + n0",), captures=(floats(),), sizes=(3,)),
+    "wide": Case(N=(420,), K=20),
     "no K": Case(("a0 + 1",), K=0),
     "one column": Case(N=(1,), K=1),
     "long": Case(("a0 + a1",), N=(40, 40), K=5000),  # packed in several parts
@@ -137,6 +138,11 @@ def test_any_strides(name, M):
     captures = [c.T.contiguous().T if c.dim() == 2 else torch.stack([c, c], -1)[..., 0] for c in case.captured(M)]
     for weights in (transposed, sliced, apart):
         compare(name, x[:, : case.K], weights, captures)
+
+
+@pytest.mark.parametrize("M", [1, 2, 3, 4, 7])
+def test_transposed_weights_are_read_in_place(M):
+    compare("wide", torch.randn(M, 20), [torch.randn(20, 420).T], [])
 
 
 @pytest.mark.parametrize("M", [2, 40])
