@@ -16,7 +16,7 @@ from .capture import compiled_frame
 from .report import Report
 
 _said: set[str] = set()
-_frames: dict[int, weakref.ref] = {}  # Dynamo's number of a function that we compile -> its report
+_frames: dict[int, tuple[weakref.ref, str]] = {}  # Dynamo's number of a function that we compile -> its report, and its file: torch._dynamo.reset() counts from 0 again
 LIMIT = "hit config."
 
 
@@ -43,13 +43,13 @@ def degrade(report: Report | None, what: str, where: str = "", cure: str = "") -
 
 def watch(gm, report: Report) -> None:
     """Called with every graph that Dynamo hands over: notes the function it is from, and says where a graph break ended it."""
-    frame = compiled_frame()
+    frame, reason = compiled_frame(), getattr(gm, "compile_subgraph_reason", None)  # Dynamo's GraphCompileReason
     if frame is not None:
-        _frames[frame] = weakref.ref(report)
+        stack = reason.user_stack if reason is not None else None
+        _frames[frame] = weakref.ref(report), f"'{stack[0].name}' ({stack[0].filename}:" if stack else ""
         logger = logging.getLogger("torch._dynamo.convert_frame")
         if _limit_handler not in logger.handlers:
             logger.addHandler(_limit_handler)
-    reason = getattr(gm, "compile_subgraph_reason", None)  # Dynamo's GraphCompileReason
     if reason is not None and reason.graph_break:
         stack = [f for f in reason.user_stack or () if "torch/_dynamo" not in f.filename]
         where = f"{'/'.join(stack[-1].filename.split('/')[-2:])}:{stack[-1].lineno}" if stack else ""
@@ -66,8 +66,8 @@ class _LimitHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             message = record.getMessage()
-            report = _frames.get(compiled_frame())
-            if LIMIT in message and report is not None:
+            report, function = _frames.get(compiled_frame(), (None, ""))
+            if LIMIT in message and report is not None and function in message:
                 degrade(report(), *recompiled(message))
         except Exception:  # a log handler must not make the model fail
             self.handleError(record)

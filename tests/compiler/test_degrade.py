@@ -43,10 +43,14 @@ def test_a_recompile_limit_says_which_function_which_guard_and_what_to_do():
 
 
 def test_another_backends_limit_is_not_ours():
-    torch.compile(lambda x: x + 1, backend="tileweld")(torch.ones(3))  # the handler is there
+    def theirs(x):
+        return x * x.shape[0]
+
+    torch.compile(lambda x: x + 1, backend="tileweld")(torch.ones(3))  # the handler is there, and Dynamo's number 0 is ours
+    torch._dynamo.reset()  # number 0 is free again
 
     def run():
-        compiled = torch.compile(lambda x: x * x.shape[0], backend="eager", dynamic=False)
+        compiled = torch.compile(theirs, backend="eager", dynamic=False)
         with torch._dynamo.config.patch(recompile_limit=1):
             for n in (2, 3, 4):
                 compiled(torch.ones(n))

@@ -84,7 +84,7 @@ def test_the_other_fused_ops_count_what_they_do():
     x, w, table = r(3, 4, 8), r(8), r(100, 8)
     added = only(lambda x, y, w: torch.ops.tileweld.add_rms_norm(x, y, w, 1e-6, 0.0, "after"), x, r(3, 4, 8), w)
     assert (added.vector, added.read, added.written) == (5 * 96, 4 * (2 * 96 + 8), 4 * 2 * 96)
-    turned = only(lambda x, c: torch.ops.tileweld.rotary(x, c, c, 4, False), r(1, 2, 6, 8), r(6, 4))
+    turned = only(lambda x, c: torch.ops.tileweld.rotary(x, c, c, 4, "half-split"), r(1, 2, 6, 8), r(6, 4))
     assert turned.vector == 3 * 48
     embedded = only(lambda t, i, w: torch.ops.tileweld.embedding_norm([t], [i], [-1], [1.0], [None], "rms", w, None, 1e-6, 0.0, "after"), table, torch.arange(6), w)
     assert embedded.read == 4 * 6 * 8 + 8 * 6 + 4 * 8 and embedded.written == 4 * 2 * 48
