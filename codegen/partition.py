@@ -19,6 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..compiler.ir.graph import is_tensor, shape, value
+from ..compiler.ir.index import groups_of_dims
 from ..compiler.ir.lift import POINTWISE, ROWS
 from ..compiler.ir.views import VIEWS
 
@@ -60,6 +61,11 @@ def numel(node: Node) -> sympy.Expr:
     return sympy.Mul(*shape(node))
 
 
+def regroups(a, b) -> bool:
+    """Does every dim of one shape split into dims of the other, or the other way round?"""
+    return all(p1 - p0 == 1 or q1 - q0 == 1 for (p0, p1), (q0, q1) in groups_of_dims([n for n in a if n != 1], [n for n in b if n != 1]))
+
+
 def reduced_dims(node: Node) -> tuple[int, ...]:
     """The dims of its input over which a reduction runs."""
     rank = len(shape(node.args[0]))
@@ -75,15 +81,25 @@ class Group:
     depth: int
     full: sympy.Expr
     rows: sympy.Expr | None = None
-    columns: sympy.Expr | None = None
+    shapes: list[list[sympy.Expr]] = dataclasses.field(default_factory=list)  # of its nodes that run over the whole space
     nodes: list[Node] = dataclasses.field(default_factory=list)
 
     def takes(self, node: Node) -> bool:
         """Does a node run over this space?"""
         if node.target in REDUCTIONS:
             rows = numel(node)
-            return numel(node.args[0]) == self.full and (self.rows is None or self.rows == rows)
-        return numel(node) in (self.full, self.rows)
+            return numel(node.args[0]) == self.full and (self.rows is None or self.rows == rows) and self.fits(shape(node.args[0]))
+        return numel(node) == self.full and self.fits(shape(node)) or numel(node) == self.rows
+
+    def fits(self, sizes) -> bool:
+        """Is a shape one of these but for dims split or merged? [9, 16] and [2, 9, 8] have as many elements and no index in common."""
+        return all(regroups(sizes, known) for known in self.shapes[:1])
+
+    def add(self, node: Node) -> None:
+        runs_over = node.args[0] if node.target in REDUCTIONS else node
+        if numel(runs_over) == self.full:
+            self.shapes.append(shape(runs_over))
+        self.nodes.append(node)
 
 
 def _is_larger(a, b) -> bool:
@@ -215,7 +231,7 @@ class Partition:
             self.before.add_node(group)
         if node.target in REDUCTIONS and group.rows is None:
             group.rows = numel(node)
-        group.nodes.append(node)
+        group.add(node)
         self.group_of[node] = group
         for other in mine:
             if other is not group:
@@ -227,7 +243,7 @@ class Partition:
 
     def _can_merge(self, first, second) -> bool:
         """Two groups of one space with nothing in between."""
-        if first.full != second.full and not (second.rows is None and second.full == first.rows):
+        if first.full != second.full and not (second.rows is None and second.full == first.rows) or first.full == second.full and not all(map(second.fits, first.shapes[:1])):
             return False
         if first.rows is not None and second.rows is not None and first.rows != second.rows:
             return False
@@ -239,6 +255,7 @@ class Partition:
             self.group_of[node] = second
         second.nodes = first.nodes + second.nodes
         if not keeps_space:
+            second.shapes = first.shapes + second.shapes if first.full == second.full else first.shapes
             second.full = first.full
             second.rows = first.rows if first.rows is not None else second.rows
         for s in self.before.successors(first):

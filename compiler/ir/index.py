@@ -53,7 +53,7 @@ def join(terms):
     return total
 
 
-def _groups(old, new):
+def groups_of_dims(old, new):
     """Pairs of runs of dims with equal products: a view never mixes dims of two groups."""
     a = b = 0
     while a < len(old) or b < len(new):
@@ -89,7 +89,7 @@ def reindex(index, old, new, ranges) -> list:
     old_kept = [n for n in old if n != 1]
     new_kept = [(n, e) for n, e in zip(new, index) if n != 1]
     result = []
-    for (a0, a1), (b0, b1) in _groups(old_kept, [n for n, _ in new_kept]):
+    for (a0, a1), (b0, b1) in groups_of_dims(old_kept, [n for n, _ in new_kept]):
         dims, parts = old_kept[a0:a1], new_kept[b0:b1]
         if len(dims) == 1 and len(parts) == 1:
             result.append(parts[0][1])

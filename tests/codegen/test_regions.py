@@ -14,8 +14,9 @@ from sympy import Symbol
 
 
 def run(f, *inputs, **options):
-    """(result, kernels of regions) of f compiled."""
+    """(result, kernels of regions) of f compiled; rotary is left to the regions here."""
     torch._dynamo.reset()
+    options = {"passes": {"rotary": False}, **options}
     report = Report()
     with torch.no_grad():
         result = torch.compile(f, backend=functools.partial(tileweld, options=options, report=report), dynamic=False)(*inputs)
