@@ -167,10 +167,8 @@ class _Module:
         lines = []
         for k, parts in self.functions.items():
             offset = "program" if k == 0 else f"program - last{k - 1}"
-            whole, long = parts[f"nest{k}"], parts.get(f"nest{k}_long")
-            call = [self._call(f"nest{k}", whole[1], k, offset)]
-            if long:
-                call = [f"if LOOP{k}:", "    " + self._call(f"nest{k}_long", long[1], k, offset), "else:", "    " + call[0]]
+            calls = [self._call(name, parts[name][1], k, offset) for name in (f"nest{k}_long", f"nest{k}") if name in parts]
+            call = calls if len(calls) == 1 else [f"if LOOP{k}:", "    " + calls[0], "else:", "    " + calls[1]]
             lines += self._branch(k, len(self.functions), f"program < last{k}", call)
         return lines
 

@@ -15,6 +15,7 @@ from ...compiler.ir.printer import ATOM
 from ...compiler.ir.region import Body, Nest
 from .printer import HELPERS, TritonText
 from .region_index import Flattened
+from .region_plan import DOWN_BLOCK, REGISTERS
 from .source import fill, used
 
 IDENTITY = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
@@ -78,7 +79,9 @@ class NestText:
         self.body, self.nest, self.number = body, nest, number
         self.flat = Flattened(body, nest, number)
         self.is_flat = not nest.reductions
-        self.is_splittable = not self.is_flat and all(r.level == 1 for r in nest.reductions) and all(o.is_row for o in nest.outputs)
+        width, fits = self.flat.width, DOWN_BLOCK if self.flat.is_down else REGISTERS // 4
+        self.always_whole, self.always_long = bool(width.is_Integer and width <= fits), bool(width.is_Integer and width > REGISTERS)
+        self.is_splittable = not self.is_flat and not self.always_whole and all(r.level == 1 for r in nest.reductions) and all(o.is_row for o in nest.outputs)
         self.printer = _Text(self.flat, not self.is_flat)
         self.temporaries = 0
 
@@ -111,8 +114,11 @@ class NestText:
         name = f"nest{self.number}"
         if self.is_flat:
             return {name: self._function(name, "BLOCK elements in the order of memory.", self._flat_lines(), ["BLOCK"])}
-        made = {name: self._function(name, "ROWS rows, each in registers.", self._whole_lines(), ["ROWS", "BLOCK"]),
-                f"{name}_long": self._function(f"{name}_long", "ROWS rows in steps of BLOCK columns.", self._long_lines(), ["ROWS", "BLOCK", *(["SPLIT"] if self.is_splittable else [])])}
+        made = {}
+        if not self.always_long:
+            made[name] = self._function(name, "ROWS rows, each in registers.", self._whole_lines(), ["ROWS", "BLOCK"])
+        if not self.always_whole:
+            made[f"{name}_long"] = self._function(f"{name}_long", "ROWS rows in steps of BLOCK columns.", self._long_lines(), ["ROWS", "BLOCK", *(["SPLIT"] if self.is_splittable else [])])
         if self.is_splittable:
             made[f"{name}_shares"] = self._function(f"{name}_shares", "The shares of LANES rows, added in order.", self._share_lines(), ["LANES", "SHARES"])
         return made
