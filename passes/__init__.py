@@ -2,7 +2,7 @@
 
 A rewrite is a module with NAME and find(graph), see compiler/ir/rewrite.py; a normalisation has transform(gm) instead.
 """
-from . import add_layer_norm, add_rms_norm, attention, canonicalise, cross_entropy, gated_mlp, layer_norm, layer_norm_linear, linear, linear_epilogue, qkv_rotary, rms_norm, rms_norm_linear, rotary
+from . import add_layer_norm, add_rms_norm, attention, canonicalise, cross_entropy, embedding_norm, gated_mlp, layer_norm, layer_norm_linear, linear, linear_epilogue, qkv_rotary, rms_norm, rms_norm_linear, rotary
 
 PIPELINE = (
     canonicalise,  # first: what means the same is spelled the same, and nothing is written in place any more
@@ -17,6 +17,7 @@ PIPELINE = (
     rms_norm_linear,  # a norm that matmuls alone read -> their prologue; after them, since it asks who reads the norm
     layer_norm_linear,  # the same for layer norms
     rotary,  # x cos + partner(x) sin -> tileweld::rotary, where no projection has taken it: behind the norms of q and k
+    embedding_norm,  # a sum of embeddings and its norm -> tileweld::embedding_norm; before add_norm, which would take the last addition alone
     add_rms_norm,  # x + residual and its norm, both used -> tileweld::add_rms_norm; after the matmuls have taken what they can
     add_layer_norm,  # the same for layer norms
 )

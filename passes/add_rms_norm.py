@@ -10,7 +10,7 @@ s is rounded to its dtype before the norm reads it, as eager does: the result is
 Legality, each with a test that must be refused or left:
 - x and residual have the shape of the sum (a broadcast bias is no residual), and the addition has no factor: left in silence;
 - s is used elsewhere too; a sum that the norm alone reads needs no second result: left in silence;
-- everything else that reads s, or its inputs, allows one place for both: refused.
+- everything else that reads s, or its inputs, allows one place for both, and nothing in between writes in place or changes the grad mode: refused.
 """
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from torch.fx import Graph, Node
 
 from ..compiler.ir import add_norm as _op  # noqa: F401 (registers the op)
 from ..compiler.ir.graph import insert, is_call, shape
-from ..compiler.ir.rewrite import Match, Refusal
+from ..compiler.ir.products import Writes
+from ..compiler.ir.rewrite import Match, Refusal, Refused
 
 NAME = "add_rms_norm"
 aten = torch.ops.aten
@@ -39,22 +40,29 @@ def find(graph: Graph) -> Iterator[Match | Refusal]:
 def sums_with_norms(graph: Graph, is_norm: Callable[[Node], bool], call: Callable[[Node], tuple]) -> Iterator[Match | Refusal]:
     """call(norm) -> (the op, its arguments behind x and residual), for every norm of a residual sum that is used elsewhere too."""
     taken: set[Node] = set()
+    writes = Writes(graph)
     for norm in list(graph.nodes):
         if not is_norm(norm) or norm.args[0] in taken or not is_residual_sum(norm.args[0]) or len(norm.args[0].users) < 2:
             continue
         total = norm.args[0]
         op, rest = call(norm)
         inputs = tuple(a for a in (*total.args, *rest) if isinstance(a, Node))
-        others = [u for u in total.users if u is not norm]
-        if all(a < total for a in inputs):
-            first = total
-        elif all(norm < u for u in others):
-            first = norm
-        else:
-            yield Refusal("the norm's weight is computed after the sum is used elsewhere", norm, "compute the weight before the block")
-            continue
         taken.add(total)
-        yield _match(first, total, norm, op, rest, inputs, len(others))
+        try:
+            yield _match(place(total, norm, inputs, writes, total), total, norm, op, rest, inputs)
+        except Refused as refused:
+            yield refused.refusal
+
+
+def place(total: Node, norm: Node, inputs: tuple[Node, ...], writes: Writes, start: Node) -> Node:
+    """Where one op can stand for both: at the sum where its inputs are known by then, else at the norm. start: the first node replaced. Raises Refused."""
+    if (writer := writes.between(start, norm, inputs)) is not None:
+        raise Refused(f"{str(writer.target).removesuffix('.default')} stands between the sum and its norm, and writes what they read or changes the mode of autograd or autocast", norm, "move it before or behind both")
+    if all(a < total for a in inputs):
+        return total
+    if all(norm < user for user in total.users if user is not norm):
+        return norm
+    raise Refused("the norm's weight is computed after the sum is used elsewhere", norm, "compute the weight before the block")
 
 
 def is_residual_sum(node) -> bool:
@@ -62,11 +70,11 @@ def is_residual_sum(node) -> bool:
     return is_call(node, aten.add.Tensor) and len(node.args) == 2 and not node.kwargs and all(isinstance(a, Node) and shape(a) == shape(node) for a in node.args)
 
 
-def _match(first: Node, total: Node, norm: Node, op, rest: tuple, inputs: tuple, others: int) -> Match:
+def _match(first: Node, total: Node, norm: Node, op, rest: tuple, inputs: tuple) -> Match:
     def build(graph: Graph) -> tuple[Node, Node]:
         both = insert(graph, op, *total.args, *rest)
         results = [insert(graph, operator.getitem, both, k) for k in range(2)]
         return tuple(results if first is total else results[::-1])
 
     also = norm if first is total else total
-    return Match(first, tuple(dict.fromkeys(inputs)), build, f"the sum is used {others + 1} times", also=(also,))
+    return Match(first, tuple(dict.fromkeys(inputs)), build, f"the sum is used {len(total.users)} times", also=(also,))

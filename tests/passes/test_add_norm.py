@@ -74,6 +74,35 @@ def test_a_weight_computed_from_the_sum_is_refused(rewriting):
     rewriting.refused("add_rms_norm", fn, torch.randn(3, 48), torch.randn(3, 48), torch.randn(48), reason="the norm's weight is computed after")
 
 
+def test_a_norm_without_gradient_stays_without(rewriting):
+    def fn(x, residual, w):
+        s = x + residual
+        with torch.no_grad():
+            y = rms(s, w)
+        return y, s
+
+    inputs = *(torch.randn(3, 48, requires_grad=True) for _ in range(2)), torch.randn(48, requires_grad=True)
+    _, report = rewriting.rewritten(fn, *inputs, grad=True)
+    torch._dynamo.reset()
+    y, s = torch.compile(fn, backend="tileweld")(*inputs)
+    assert report.counts["add_rms_norm"] == 0 and not y.requires_grad and s.requires_grad
+
+
+@torch.library.custom_op("tests::double_in_place", mutates_args=("x",))
+def double_in_place(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
+def test_a_weight_that_is_written_in_between_is_refused(rewriting):
+    def fn(x, residual, w):
+        w = torch.sin(w)
+        s = x + residual
+        torch.ops.tests.double_in_place(w)
+        return rms(s, w), s
+
+    rewriting.refused("add_rms_norm", fn, torch.randn(3, 48), torch.randn(3, 48), torch.randn(48), reason="tests.double_in_place stands between")
+
+
 def test_norms_that_matmuls_read_are_theirs(rewriting):
     class Block(torch.nn.Module):
         def __init__(self):
