@@ -1,5 +1,5 @@
-"""GPU attention forward against SDPA (cuDNN and flash), FlexAttention and Inductor, and fused matrix products against Inductor's max-autotune:
-`python benchmarks/gpu.py [--name h200] [--only attention|linear]`.
+"""GPU attention forward against SDPA (cuDNN and flash), FlexAttention and Inductor, fused matrix products against Inductor's max-autotune,
+and norms against the bandwidth of a copy: `python benchmarks/gpu.py [--name h200] [--only attention|linear|norms]`.
 
 Every case checks numerics first: the error against float64 must not exceed twice that of the fused library kernel (or of eager
 where no library has the variant). Times are medians of triton.testing.do_bench, which empties the L2 cache between runs; the matrix products
@@ -177,6 +177,56 @@ def measure_linear(case: str, rows: int) -> dict:
     return row
 
 
+NORM_CONTENDERS = ("copy", "tileweld", "inductor", "eager")
+NORM_WIDTHS = (128, 1024, 4096, 8192, 16384, 32768, 65536)
+NORM_ELEMENTS = 1 << 27  # 256 MB a tensor: no L2 cache holds it
+
+
+def plain_norm(x, residual, scale):
+    """RMSNorm, [rows, width]; ``residual`` is not read."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * scale
+
+
+def added_norm(x, residual, scale):
+    """The sum with the residual stream, and its RMSNorm."""
+    y = x + residual
+    return y, plain_norm(y, residual, scale)
+
+
+NORMS = {"rms_norm": (plain_norm, 2), "add_rms_norm": (added_norm, 4)}  # tensors of [rows, width] read and written
+
+
+def measure_norm(case: str, width: int) -> dict:
+    """One row: GB/s of every contender by the bytes that must move, a copy of the same bytes among them; errors against float64."""
+    from triton.testing import do_bench
+
+    spelled, tensors = NORMS[case]
+    torch.manual_seed(0)
+    rows = NORM_ELEMENTS // width
+    x, residual = (torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    scale = torch.randn(width, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(x)
+    torch._dynamo.reset()
+    calls = {"copy": lambda *_: target.copy_(x), "tileweld": torch.compile(spelled, backend="tileweld", dynamic=False), "inductor": torch.compile(spelled, dynamic=False), "eager": spelled}
+    as_list = lambda made: list(made) if isinstance(made, tuple) else [made]  # noqa: E731
+    reference = as_list(spelled(x[:32].double(), residual[:32].double(), scale.double()))
+    row = {"case": case, "width": width, "rows": rows}
+    for name, call in calls.items():
+        try:
+            with torch.no_grad():
+                if name != "copy":
+                    row[f"{name} error"] = max(((a[:32].double() - e).norm() / e.norm()).item() for a, e in zip(as_list(call(x, residual, scale)), reference))
+                milliseconds = do_bench(lambda: call(x, residual, scale), return_mode="median")
+            row[f"{name} GB/s"] = (2 if name == "copy" else tensors) * NORM_ELEMENTS * 2 / milliseconds / 1e6
+        except Exception as error:  # a contender that cannot run the case is reported, not hidden
+            row[f"{name} failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+    row["numerics"] = "ok" if "tileweld error" in row and row["tileweld error"] <= 2 * row.get("eager error", 5e-3) else "WRONG"
+    if "tileweld GB/s" in row and "copy GB/s" in row:
+        row["of a copy"] = row["tileweld GB/s"] / row["copy GB/s"]
+    return row
+
+
 def cases(quick: bool):
     tokens = (1024, 4096) if quick else (1024, 2048, 4096, 8192, 16384)
     for width, variant, n in itertools.product((64, 128), VARIANTS, tokens):
@@ -185,7 +235,7 @@ def cases(quick: bool):
         yield "causal", 128, n, 32, 8
 
 
-def main(name: str = "h200", quick: bool = typer.Option(False, help="two lengths a variant"), only: str = typer.Option("", help="attention or linear; both without it")) -> None:
+def main(name: str = "h200", quick: bool = typer.Option(False, help="two lengths a variant"), only: str = typer.Option("", help="attention, linear or norms; all without it")) -> None:
     """Measure every case and store benchmarks/results/NAME.json."""
     described = machine()
     sections = {
@@ -193,6 +243,8 @@ def main(name: str = "h200", quick: bool = typer.Option(False, help="two lengths
                               lambda variant, width, n, heads, kv: {"variant": variant, "head dim": width, "tokens": n, "heads": f"{heads}/{kv}", **{f"{c} ms": None for c in CONTENDERS}}),
         "fused_linear": ("linear", measure_linear, list(itertools.product(LINEARS, LINEAR_ROWS)), ["case", "rows", "numerics", *[f"{c} ms" for c in LINEAR_CONTENDERS], "tileweld TB/s", "tileweld TF", "against inductor"],
                          lambda case, rows: {"case": case, "rows": rows, **{f"{c} ms": None for c in LINEAR_CONTENDERS}}),
+        "norms": ("norms", measure_norm, list(itertools.product(NORMS, NORM_WIDTHS)), ["case", "width", "numerics", *[f"{c} GB/s" for c in NORM_CONTENDERS], "of a copy"],
+                  lambda case, width: {"case": case, "width": width, **{f"{c} GB/s": None for c in NORM_CONTENDERS}}),
     }
     for section, (word, measured, chosen, columns, empty) in sections.items():
         if only not in ("", word):
