@@ -9,26 +9,34 @@ import torch
 from torch.fx import GraphModule
 
 from ..codegen.executable import Text, write
+from ..codegen.liveness import Liveness
 from ..runtime import launch
+from ..runtime.cuda_graphs import CudaGraphs
 from ..runtime.workspace import Workspaces
 from . import log
 from .errors import UnsupportedError
+from .ir.graph import is_tensor, value
 from .ir.lowered import restride
 
 _numbers = itertools.count()
 
 
-def assemble(gm: GraphModule) -> Callable:
+def assemble(gm: GraphModule, cuda_graphs: bool = False) -> Callable:
     """The function of a lowered graph: takes a list of arguments, which it clears, and returns a tuple. An executable, else the graph's forward.
 
-    ``executable.text`` is the Text it was made of, ``executable.workspaces`` the memory it keeps (None if it needs none).
+    cuda_graphs: replay it as one launch once its shapes repeat; where no input is a CUDA tensor that changes nothing. ``executable.text`` is the Text it was made of, ``executable.workspaces`` the memory it keeps (None if it needs none).
     """
     try:
         text = write(gm)
     except UnsupportedError as error:
         log.get("codegen").warning("no executable: %s; the graph runs node by node", error)
         return gm.forward
-    return load(text)
+    run = load(text)
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    if cuda_graphs and any(is_tensor(n) and value(n).device.type == "cuda" for n in inputs):
+        written = Liveness(gm.graph).written
+        return CudaGraphs(run, [k for k, n in enumerate(inputs) if (n, 0) in written])
+    return run
 
 
 def load(text: Text) -> Callable:

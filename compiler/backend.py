@@ -16,8 +16,11 @@ from .pipeline import run
 from .report import AotGraph, Report
 
 
+GRAPH_MODES = ("reduce-overhead", "max-autotune")
+
+
 def tileweld(gm: GraphModule, example_inputs, *, options=None, mode=None, report: Report | None = None, build: bool = True):
-    """Compile one graph of Dynamo's. ``options``: see options.TABLE; ``mode`` is torch.compile's and changes nothing here.
+    """Compile one graph of Dynamo's. ``options``: see options.TABLE; ``mode`` is torch.compile's: with those of GRAPH_MODES repeated shapes on a GPU are replayed as CUDA graphs.
 
     report: filled with what happened; build False: stop before kernels, the fused ops run on their definition.
     """
@@ -35,7 +38,7 @@ def tileweld(gm: GraphModule, example_inputs, *, options=None, mode=None, report
         def finish(graph: GraphModule, is_backward: bool):
             if keep:
                 report.aot.append(AotGraph(_copy(graph), is_backward, number))
-            return lower(graph, checked, report, number) if build else graph.forward
+            return lower(graph, checked, report, number, cuda_graphs=mode in GRAPH_MODES and not is_backward) if build else graph.forward
 
         return compile_graph(rewritten, example_inputs, finish)
     except BaseException:  # also Dynamo's own restarts (it specialises floats and calls again): what was noted did not come to be

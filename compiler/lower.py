@@ -29,7 +29,7 @@ from .report import KernelUse, Report
 from .select import SELECTORS, Choice, region
 
 
-def lower(gm: GraphModule, options: Options, report: Report, number: int) -> Callable:
+def lower(gm: GraphModule, options: Options, report: Report, number: int, cuda_graphs: bool = False) -> Callable:
     """Replace fused ops and regions by their implementations, build all kernels of the graph at once, and return its executable."""
     choices = choose(gm, options)
     launchers = _build({c.kernel.source: c for c in choices if c.kernel is not None}, options, report)
@@ -50,7 +50,7 @@ def lower(gm: GraphModule, options: Options, report: Report, number: int) -> Cal
     gm.graph.eliminate_dead_code()
     reinplace(gm)
     gm.recompile()
-    return assemble(gm)
+    return assemble(gm, cuda_graphs)
 
 
 def put(placer: Placer, choice: Choice, launchers: Mapping[str, Callable | None]) -> str:
