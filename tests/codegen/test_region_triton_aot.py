@@ -17,6 +17,8 @@ from tileweld.codegen.triton.region import emit
 from tileweld.compiler.ir import scalar as sc
 from tileweld.compiler.ir.region import Body, Nest, Output, Tensor
 from tileweld.compiler.kernels_table import table
+from tileweld.compiler.lower import choose
+from tileweld.compiler.options import Options
 from tileweld.runtime.source_module import load_python_source
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -102,6 +104,14 @@ def test_a_symbolic_size_chooses_its_index_when_it_is_known():
     assert not module.planned(132, 1024).constants["WIDE"] and module.planned(132, 600_000).constants["WIDE"]
     [row] = table([kernel], ["sm_90"])
     assert row.result is not None and "ld.global.v4.b32" in row.result.assembly, row.error
+
+
+def test_tensors_on_a_gpu_choose_triton_and_a_scalar_on_the_host_is_moved():
+    with FakeTensorMode():
+        graph = make_fx(lambda x, w, scale: rms_norm(x * scale, w))(torch.empty(64, 128, device="cuda"), torch.empty(128, device="cuda"), torch.empty(()))
+    [choice] = choose(graph, Options())
+    assert choice.kernel.language == "triton" and not choice.interpreted and choice.outputs[0].meta["val"].device.type == "cuda"
+    assert choice.run is not None and len(choice.inputs) == 3
 
 
 def test_regions_of_another_device_are_left_alone():
