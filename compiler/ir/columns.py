@@ -15,7 +15,7 @@ import functools
 
 import sympy
 import torch
-from sympy import Symbol
+from sympy import Integer, Symbol
 
 from . import scalar as sc
 from .evaluate import Evaluator
@@ -68,14 +68,19 @@ class Grid:
         return self._evaluate(e).expand(self.width)
 
     def simplified(self, e):
-        """e without branches that no column takes."""
-        if not e.has(sc.where):
-            return e
-        memo = {}
+        """e without branches that no column takes. An element that is read in several branches becomes one for each, told apart by a
+        number in front of its index: x[2 t] is an even column's own value and an odd one's partner."""
+        memo, branches = {}, {}
+
+        def marked(x, mask):
+            number = branches.setdefault(mask.numpy().tobytes(), len(branches))
+            return x.xreplace({a: a.func(a.args[0], Integer(number), *a.args[1:]) for a in x.atoms(sc.load) if kind(a) in ("acc", "bias")})
 
         def visit(x, mask):
-            if not x.args or isinstance(x, Symbol) or not x.has(sc.where):
+            if not x.has(sc.load):
                 return x
+            if isinstance(x, sc.load) or not x.has(sc.where):
+                return marked(x, mask)
             key = (x, mask.numpy().tobytes())
             if key not in memo:
                 memo[key] = self._branch(x, mask, visit) if isinstance(x, sc.where) and self.knows(x.args[0]) else x.func(*(visit(a, mask) for a in x.args))

@@ -178,7 +178,7 @@ def _named(e, stream, lift, grid, terms, pair, rows, columns, y, dims) -> Epilog
     node_of = {symbol: node for node, symbol in lift.captures.items()}
     border = {node: k for k, node in enumerate(stream.border)}
     elements: list[Element] = []
-    by_number = {(number(x), x.args[-1]): t for x, t in terms.items()}
+    by_place = {(number(x), x.args[1], x.args[-1]): t for x, t in terms.items()}
 
     def element(place, integer=False, runs=(), accumulator=None):
         known = next((c for c in elements if (c.number, c.runs, c.accumulator) == (place, runs, accumulator)), None)
@@ -191,7 +191,7 @@ def _named(e, stream, lift, grid, terms, pair, rows, columns, y, dims) -> Epilog
         if kind(x) == "acc":
             continue
         if kind(x) == "bias":
-            a, partner = by_number.get((number(x), x.args[-1]), (None, True))
+            a, partner = by_place.get((number(x), x.args[1], x.args[-1]), (None, True))
             if a is None:
                 raise Unliftable("the bias stands at another column than its product")
             position = sc.J if not partner else (x.args[-1] - a.offset).xreplace(place)

@@ -215,9 +215,7 @@ def _shaped(graph: Graph, item: Node, output: Output, sources, is_seen: bool) ->
     back = [order.index(k) for k in range(len(order))]
     if back != list(range(len(back))):
         item = insert(graph, aten.permute.default, item, back)
-    if is_seen and value(item).stride() != value(root).stride():
-        if not value(root).is_contiguous():
-            raise Unliftable(f"the result leaves the graph with the strides {value(root).stride()}, the fused op's are {value(item).stride()}")
+    if is_seen and value(root).is_contiguous() and not value(item).is_contiguous():  # who sees it may view it; a part of a packed tensor only gets denser
         item = insert(graph, aten.contiguous.default, item)
     return item
 

@@ -107,9 +107,16 @@ def is_weight(node, anyway: bool = False) -> bool:
 def products(graph: Graph) -> tuple[dict[Node, Product], dict[Node, str]]:
     """(the products of a graph in order, those that are none and why)."""
     found, problems = {}, {}
+    casting = [torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")]  # around the model, then inside it
     for node in graph.nodes:
+        if node.target is torch.amp.autocast_mode._enter_autocast:
+            casting.append(bool(argument(node, 2, "enabled", True)))
+        elif node.target is torch.amp.autocast_mode._exit_autocast:
+            casting.pop()
         made = product_of(node)
-        if isinstance(made, Product):
+        if made is not None and casting[-1]:  # which casts the operands of aten's matmuls, when the graph runs, and not the fused op's
+            problems[node] = "it runs under autocast, which chooses its dtype"
+        elif isinstance(made, Product):
             found[node] = made
         elif made is not None:
             problems[node] = made
