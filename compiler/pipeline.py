@@ -48,7 +48,9 @@ def _apply(name: str, gm: GraphModule, match: Match, options: Options, report: R
     roots, replacements = (root, *match.also), new if isinstance(new, tuple) else (new,)
     made = [node for node in gm.graph.nodes if node not in before]
     for node in made:
-        node.meta.setdefault("stack_trace", root.meta.get("stack_trace"))
+        if root.meta.get("stack_trace"):  # None would break AOT's tracing of a backward
+            node.meta.setdefault("stack_trace", root.meta["stack_trace"])
+        node.meta.update((key, root.meta[key]) for key in ("recompute", "ac_graph_id") if key in root.meta)  # torch.utils.checkpoint's marks
         node.meta["tileweld_rewrite"] = name
     problem = problem or next((p for old, new in zip(roots, replacements, strict=True) if (p := _changed_type(old, new))), None)
     if problem is None and options.verify:
