@@ -12,9 +12,12 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import CompileContext, TracingContext
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import CheckpointPolicy
 
 from . import log
+from .grad_regions import make_explicit
 
 
 def fake_inputs(example_inputs) -> tuple[FakeTensorMode, list]:
@@ -30,13 +33,63 @@ def fake_inputs(example_inputs) -> tuple[FakeTensorMode, list]:
     return mode, fakes
 
 
+class _Capturing(torch.fx.Interpreter):
+    """Runs Dynamo's graph; two of its calls mean more to gradients than the ops inside them say."""
+
+    def call_function(self, target, args, kwargs):
+        if torch.is_grad_enabled():
+            if target is torch.ops.higher_order.autograd_function_apply:
+                return _whole(target, args, kwargs)
+            if target is torch.ops.higher_order.tag_activation_checkpoint:
+                return _checkpointed(*args)
+        elif target is torch.ops.higher_order.tag_activation_checkpoint:
+            return _Capturing(args[0]).run(*args[1:])
+        return super().call_function(target, args, kwargs)
+
+
+def _whole(target, args, kwargs):
+    """An autograd.Function as one node, with its bodies as submodules, so that AOT differentiates it by its own backward.
+
+    Traced like the rest it would leave its forward under no_grad, and what lies before it would silently get no gradient.
+    """
+    tracer = get_proxy_mode().tracer
+    for body in args:
+        if isinstance(body, GraphModule):
+            tracer.root.register_module(f"autograd_function_{len(tracer.root._modules)}", body)
+    call = tracer.create_proxy("call_function", target, tree_map(tracer.unwrap_proxy, args), kwargs)
+    with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
+        result = target(*args, **kwargs)
+    return track_tensor_tree(result, call, constant=None, tracer=tracer)
+
+
+def _checkpointed(body: GraphModule, *args):
+    """torch.utils.checkpoint: its ops among the others, to be fused, with the marks by which AOT's partitioner computes them again.
+
+    Random ops are saved, since nothing here replays their state. A selective policy decides on ops that are fused by then: it is not
+    asked, and the partitioner weighs time against memory as it does elsewhere.
+    """
+    graph = get_proxy_mode().tracer.graph
+    before = set(graph.nodes)
+    result = _Capturing(body).run(*args)
+    if "_checkpoint_context_fn" not in body.meta:
+        number = len(graph.nodes)  # grows along the graph: the partitioner keeps what passes from one checkpoint to the next
+        for node in graph.nodes:
+            if node not in before and node.op == "call_function":
+                random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+                node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE if random else CheckpointPolicy.PREFER_RECOMPUTE)
+                node.meta.setdefault("ac_graph_id", number)
+    return result
+
+
 def capture(gm: GraphModule, example_inputs) -> GraphModule:
     """The canonical graph of what Dynamo traced; every node has meta["val"] and, where known, meta["stack_trace"]."""
     mode, fakes = fake_inputs(example_inputs)
     with mode, enable_python_dispatcher(), torch.fx.traceback.preserve_node_meta():
-        captured = make_fx(torch.fx.Interpreter(gm).run, pre_dispatch=True)(*fakes)
+        captured = make_fx(_Capturing(gm).run, pre_dispatch=True)(*fakes)
     for node, example in zip(captured.graph.find_nodes(op="placeholder"), example_inputs):
         node.meta["is_weight"] = isinstance(example, torch.nn.Parameter)
+        node.meta["requires_grad"] = isinstance(example, torch.Tensor) and example.requires_grad
+    make_explicit(captured.graph)
     captured.graph.eliminate_dead_code()
     captured.recompile()
     log.get("capture").debug("captured %d nodes", len(captured.graph.nodes))

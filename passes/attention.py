@@ -97,7 +97,7 @@ def _core(softmax: Softmax, forward: Forward, i_dim) -> Core:
     sink = lift.at(sink_node.node, sink_node.index(roles)) if sink_node else None
     parts = split_where_seen(e, {sc.S}, roles)
     return Core(root=forward.contraction, roles=roles, lift=lift, score=parts.score, mask=parts.mask, fill=parts.fill, sink=sink, empty=softmax.empty,
-                q=q, k=k, v=v, out_index=out_index, value_symbol=DV, spelling=softmax.spelling)
+                q=q, k=k, v=v, out_index=out_index, value_symbol=DV, spelling=softmax.spelling, added=parts.added)
 
 
 def _nothing_escapes(inside: set[Node], contraction: Node) -> None:
@@ -198,4 +198,4 @@ def _library_core(node: Node) -> Core:
         e = sc.select(m, e, sc.number(-math.inf)) if value(attn_mask).dtype == torch.bool else sc.add(e, m)
     parts = split_where_seen(e, {sc.S}, roles)
     return Core(root=node, roles=roles, lift=lift, score=parts.score, mask=parts.mask, fill=parts.fill, sink=None, empty="zero",
-                q=operands[0], k=operands[1], v=operands[2], out_index=[*lead, sc.I if out[-2] != 1 else Integer(0), DV], value_symbol=DV)
+                q=operands[0], k=operands[1], v=operands[2], out_index=[*lead, sc.I if out[-2] != 1 else Integer(0), DV], value_symbol=DV, added=parts.added)

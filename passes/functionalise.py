@@ -23,6 +23,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from ..compiler.ir import stop_gradient as _stop_gradient_op  # noqa: F401 (registers the op)
 from ..compiler.ir.graph import is_call, is_tensor, size, value
 
 NAME = "functionalise"
@@ -34,6 +35,10 @@ _RESHAPED = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_vie
 _SCATTER = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default, aten.diagonal.default: aten.diagonal_scatter.default}
 _OWN_INVERSE = frozenset({aten.transpose.int, aten.t.default, aten.mT.default, aten.numpy_T.default, aten.swapaxes.default, aten.swapdims.default})
 _AUTOCAST_SENSITIVE = frozenset({"addmm_", "addmv_", "addbmm_", "baddbmm_", "addr_"})  # under autocast these compute in another dtype than their counterparts
+#: what a node says about where it comes from, and about checkpointing
+PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom", "recompute", "ac_graph_id")
+#: no gradient passes through these
+STOPS = (aten.detach.default, torch.ops.tileweld.stop_gradient.default)
 #: ops that write to an argument although their schema does not say so
 HIDDEN_WRITES = frozenset({aten.batch_norm.default, aten.instance_norm.default, aten._batch_norm_impl_index.default, aten.native_batch_norm.default,
                            aten.cudnn_batch_norm.default})
@@ -75,13 +80,15 @@ def requires_grad(graph: Graph) -> set[Node]:
     found, enabled = set(), torch.is_grad_enabled()
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
-            known, x = node.meta.get("tensor_meta"), value(node)
-            if isinstance(x, torch.Tensor) and x.dtype.is_floating_point and getattr(known, "requires_grad", True):
+            x = value(node)
+            if isinstance(x, torch.Tensor) and x.dtype.is_floating_point and node.meta.get("requires_grad", True):
                 found.add(node)
         elif node.target is torch._C._set_grad_enabled:
             enabled = node.args[0]
-        elif enabled and not is_call(node, aten.detach.default) and any(a in found for a in node.all_input_nodes):
+        elif enabled and not is_call(node, *STOPS) and any(a in found for a in node.all_input_nodes):
             found.add(node)
+            for s in {s for x in written(node) for s in storages(x)}:  # what shares memory with it carries a gradient too
+                found.update(n for n in graph.nodes if n < node and s in storages(n))
     return found
 
 
@@ -97,7 +104,7 @@ def emit(graph: Graph, like: Node, target, *args, **kwargs) -> Node:
     """A call at the graph's insertion point with its fake value; provenance is that of ``like``. Call it within `faking`."""
     node = graph.call_function(target, args, kwargs)
     fake_args, fake_kwargs = map_arg((args, kwargs), value)
-    node.meta = {k: like.meta[k] for k in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom") if k in like.meta}
+    node.meta = {k: like.meta[k] for k in PROVENANCE if k in like.meta}
     node.meta["val"] = target(*fake_args, **fake_kwargs)
     return node
 
@@ -139,7 +146,7 @@ class _Family:
     def is_legal(self) -> bool:
         if [n for n in self.nodes if n not in self.parent] != [self.base] or not is_tensor(self.base):
             return False
-        if any(n in self.grads for n in self.nodes) and (self.modes_change or any(is_call(n, aten.detach.default) for n in self.nodes)):
+        if any(n in self.grads for n in self.nodes) and (self.modes_change or any(is_call(n, *STOPS) for n in self.nodes)):
             return False
         for n in self.nodes:
             if n in self.writers or n is self.base or n.target is operator.getitem:
@@ -190,7 +197,7 @@ def _families(graph: Graph) -> dict[int, _Family]:
     if not writers:
         return {}
     grads = requires_grad(graph)
-    modes_change = any(n.target is torch._C._set_grad_enabled for n in graph.nodes)
+    modes_change = any(n.target is torch._C._set_grad_enabled for n in graph.nodes)  # capture leaves one only where it cannot tell what that means
     autocast = any("autocast" in getattr(n.target, "__name__", "") for n in graph.nodes)
     return {s: _Family(by_storage[s], w, grads, modes_change, autocast) for s, w in writers.items()}
 

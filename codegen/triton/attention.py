@@ -168,7 +168,7 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
     dtype = str(q_dtype).removeprefix("torch.")
     captures = ", ".join(f"c{k} {str(d).removeprefix('torch.')}[{rank}-d]" for k, (d, rank) in enumerate(zip(capture_dtypes, capture_ranks, strict=True)))
     source = fill(
-        MODULE, score=variant.score, mask=variant.mask, fill=variant.fill, empty={"nan": "nan", "zero": "0"}[variant.empty], sink=variant.sink or "none",
+        MODULE, score=variant.score, mask=variant.mask, fill=variant.fill, empty={"nan": "nan", "zero": "0", "added": "the mean"}[variant.empty], sink=variant.sink or "none",
         dtypes=dtype + (f", {captures}" if captures else ""), head_dim=head_dim, value_dim=value_dim, captures=captures or "no captures",
         sizes=", ".join(f"n{n}" for n in range(num_sizes)) or "none", functions=text.functions(), prefill=prefill, decode=decode,
         prefill_call=", ".join(map(_host_argument, text.prefill)), decode_call=", ".join(map(_host_argument, text.decode)),

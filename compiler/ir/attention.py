@@ -3,9 +3,10 @@
     out[b, h, i, :] = sum_j softmax_j( where(mask, score(q[b, h, i] . k[b, h // Gk, j]), fill) ) v[b, h // Gv, j, :]
 
 ``score``, ``mask`` and ``sink`` are text of the scalar language. Masked positions have the score ``fill``: -inf, or the finite
-number that the model wrote (-1e9, finfo.min), which matters for rows that see no key at all. With fill -inf, ``empty`` says
-what such a row gives: "nan" as softmax does, or "zero" as scaled_dot_product_attention does. ``sink`` is one more logit of the
-denominator (attention sinks, softmax-plus-one), "" for none.
+number that the model wrote (-1e9, finfo.min), which matters for rows that see no key at all. ``empty`` tells more about such
+rows: with fill -inf what they give, "nan" as softmax does, or "zero" as scaled_dot_product_attention does; with a finite fill
+"added" where the model added it to the score, so that gradients reach masked scores as well, and not only the visible ones.
+``sink`` is one more logit of the denominator (attention sinks, softmax-plus-one), "" for none.
 
 This file is the meaning; kernels are tested against it in float64. Rows are taken in blocks, so that memory stays
 O(block x Tk) forward and backward. Backward formulas: dP = dO v^T, dS = P (dP - sum(P dP)), chained through d score / d s and
@@ -174,7 +175,7 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, captures: 
         dp = dout @ values.transpose(2, 3)
         delta = (rows.p * dp).sum(-1, keepdim=True)
         dscore = rows.p * (dp - delta)
-        if variant.mask_expr is not sympy.true:
+        if variant.mask_expr is not sympy.true and variant.empty != "added":
             dscore = torch.where(rows.visible, dscore, torch.zeros((), dtype=dtype, device=q.device))
         ds = dscore * rows.evaluate.float(ds_ds)
         dv += rows.p.transpose(2, 3) @ dout

@@ -37,6 +37,7 @@ class Core:
 
     root: the node that the op replaces; roles: B, H, Tq, Tk and their index symbols; out_index: where root holds (b, h, i, dv);
     score, mask, fill, sink: expressions over raw symbols (tensors by name, sizes by shape symbol); fill None: nothing is masked.
+    added: the fill was added to the score, see masking.py.
     spelling: of the softmax, see softmax.py: they differ where all scores of a row are hugely negative.
     """
 
@@ -54,6 +55,7 @@ class Core:
     out_index: list
     value_symbol: sympy.Symbol
     spelling: str = "softmax"
+    added: bool = False
 
 
 def finish(core: Core, source: Node) -> Match:
@@ -71,6 +73,8 @@ def finish(core: Core, source: Node) -> Match:
     fill = -math.inf if fill is None else fill
     if core.spelling == "unshifted":  # exp(fill) is 0, and a row without a key is 0/0
         fill = -math.inf
+    if core.added and math.isfinite(fill):
+        empty = "added"
     if core.spelling != "softmax" and not moderate(core.score) or core.spelling == "logsumexp" and math.isfinite(fill) and not sees_a_key:
         raise Refused("a softmax without its maximum subtracted, where a row may hold only huge negative scores", source, "write softmax(x, dim), or mask with -inf")
     if layout(core.root, core.out_index, with_groups(core.out_index, {**core.roles.sizes, core.value_symbol: core.v[0].length})) is None:

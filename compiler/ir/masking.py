@@ -25,11 +25,15 @@ HIGHEST_FILL = -1e3
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """score where mask, fill elsewhere. ``fill`` is None where nothing is masked."""
+    """score where mask, fill elsewhere. ``fill`` is None where nothing is masked.
+
+    added: the fill came from an addition, whose gradient reaches the score at masked positions too; a `where` has none there.
+    """
 
     score: sympy.Expr
     mask: sympy.Basic = sympy.true
     fill: float | None = None
+    added: bool = False
 
 
 #: float16's lowest number: a mask by intention, but s - 65504 keeps five bits of s. Taken for one where every row sees a key.
@@ -47,7 +51,7 @@ def split(e, of, absorbing: float = ABSORBING) -> Split:
         for kept, constant, visible in ((x, y, condition), (y, x, Not(condition))):
             if _is_fill(constant) and not sc.is_const(kept):
                 inner = split(kept, of, absorbing)
-                if inner.fill is None or inner.fill == float(constant):
+                if inner.fill is None or inner.fill == float(constant) and not inner.added:
                     return Split(inner.score, And(visible, inner.mask), float(constant))
                 return Split(kept, visible, float(constant))
     if isinstance(e, (sc.fadd, sc.fsub)):
@@ -59,13 +63,13 @@ def split(e, of, absorbing: float = ABSORBING) -> Split:
         if added is not None:
             visible, rest, constant = added
             if (inner.fill is None and (constant == -math.inf or moderate(inner.score))) or inner.fill == constant == -math.inf:
-                return Split(sc.add(inner.score, rest), And(visible, inner.mask), constant)
+                return Split(sc.add(inner.score, rest), And(visible, inner.mask), constant, added=math.isfinite(constant))
             if inner.fill == -math.inf:  # a finite constant added to -inf leaves -inf: keep the inner mask outermost
                 return Split(sc.add(inner.score, y), inner.mask, inner.fill)
             return Split(sc.add(x, rest), visible, constant) if constant == -math.inf else Split(e)  # twice finfo.min is -inf
         swallows = inner.fill is not None and (not y.has(sympy.oo, sympy.nan) if inner.fill == -math.inf else abs(inner.fill) >= absorbing and moderate(y))
         if swallows and not _has(y, of):
-            return Split(e.func(inner.score, y), inner.mask, inner.fill)  # fill + y rounds to fill
+            return dataclasses.replace(inner, score=e.func(inner.score, y))  # fill + y rounds to fill
         return Split(e)
     if isinstance(e, (sc.fmul, sc.fmax, sc.fmin, sc.call)):
         varying = [k for k, x in enumerate(e.args) if _has(x, of)]
@@ -74,7 +78,8 @@ def split(e, of, absorbing: float = ABSORBING) -> Split:
             if inner.fill is not None:  # f(where(m, x, c)) = where(m, f(x), f(c))
                 fill = _apply(e, varying[0], sc.number(inner.fill))
                 if fill is not None and _is_fill(fill):
-                    return Split(_apply(e, varying[0], inner.score), inner.mask, float(fill))
+                    passes = isinstance(e, (sc.fmul, sc.fmin))  # max(s - 3.4e38, c) has no gradient there
+                    return Split(_apply(e, varying[0], inner.score), inner.mask, float(fill), inner.added and passes)
     return Split(e)
 
 

@@ -56,11 +56,12 @@ def _without_shift(softmax: Softmax) -> Softmax:
     x = softmax.scores
     if is_call(x, aten.sub.Tensor) and argument(x, 2, "alpha", 1) == 1 and isinstance(x.args[1], Node):
         top = x.args[1]
+        top = top.args[0] if is_call(top, torch.ops.tileweld.stop_gradient.default) else top  # the shift has no gradient anyway
         taken = top.args[0] if top.op == "call_function" and "getitem" in str(top.target) and top.args[1] == 0 else top
         if is_call(taken, aten.amax.default, aten.max.dim):
             dims = taken.args[1] if isinstance(taken.args[1], (list, tuple)) else [taken.args[1]]
             if taken.args[0] is x.args[0] and argument(taken, 2, "keepdim", False) and [d % len(shape(x)) for d in dims] == [softmax.dim]:
-                return dataclasses.replace(softmax, scores=x.args[0], inner=[*softmax.inner, x, top, taken])
+                return dataclasses.replace(softmax, scores=x.args[0], inner=[*softmax.inner, x, x.args[1], top, taken])
     return softmax
 
 
