@@ -128,6 +128,8 @@ def _inline(gm: GraphModule, node: Node, function, traced: dict) -> None:
             elif inner.op != "placeholder":
                 replaced[inner] = gm.graph.node_copy(inner, replaced.__getitem__)
                 replaced[inner].meta = inner.meta | {k: v for k, v in node.meta.items() if k in ("stack_trace", "tileweld_rewrite")}
+        if isinstance(result, Node):
+            result = _laid_out_as(gm, node, result)
     if isinstance(result, Node):
         node.replace_all_uses_with(result)
     else:
@@ -137,6 +139,15 @@ def _inline(gm: GraphModule, node: Node, function, traced: dict) -> None:
             user.replace_all_uses_with(result[user.args[1]])
             gm.graph.erase_node(user)
     gm.graph.erase_node(node)
+
+
+def _laid_out_as(gm, node, result):
+    """The result in the strides of the op: softmax of a transposed tensor is contiguous, its parts are not."""
+    if [str(n) for n in value(result).stride()] == [str(n) for n in value(node).stride()] or not value(node).is_contiguous():
+        return result
+    copy = gm.graph.call_function(aten.clone.default, (result,), {"memory_format": torch.contiguous_format})
+    copy.meta = node.meta | {"val": value(node)}
+    return copy
 
 
 def _described(x):
