@@ -48,8 +48,8 @@ def fold(norm: Norm, writes: Writes) -> Match | None:
         raise Refused(f"the norm's result is also needed elsewhere, by {op_name(others[0])}" + (f" ({where})" if where else ""), norm.node)
     if len(ops) > MAX_OPS:
         raise Refused(f"{len(ops)} matmuls at different places read the norm's result; computing it once is cheaper", norm.node)
-    if not isinstance(norm.eps, (int, float)):
-        raise Refused("eps is no number that is known when compiling", norm.node, "make eps a Python float outside the compiled function")
+    if not isinstance(norm.eps, (int, float)) and not isinstance(value(norm.eps), torch.SymFloat):  # a symbolic one is specialised, with a guard, as by the norm
+        raise Refused("eps is a tensor, expected a number", norm.node, "make eps a Python float")
     dtype = value(ops[0].args[1][0]).dtype
     wrong = next((t for t in (norm.x, *norm.tensors) if value(t).dtype != dtype), None)
     if wrong is not None:
@@ -62,7 +62,7 @@ def fold(norm: Norm, writes: Writes) -> Match | None:
     items = sorted(u for op in ops for u in op.users)
     if not items or any(not is_call(i, operator.getitem) for i in items):
         return None
-    inputs = [*norm.tensors, norm.x, *(n for op in ops for n in op.all_input_nodes if n is not op.args[0])]
+    inputs = [*norm.tensors, norm.x, *([norm.eps] if isinstance(norm.eps, Node) else []), *(n for op in ops for n in op.all_input_nodes if n is not op.args[0])]
     moved = late(items[0], inputs, set(items))
     if moved is None:
         raise Refused("the matmuls that read the norm's result depend on each other, so they cannot be one", norm.node)
@@ -109,7 +109,7 @@ def _build(graph: Graph, norm: Norm, ops: list[Node], items: list[Node]) -> list
         pairs += own_pairs
     vectors = [f"c{_number(captures, t)}[j]" for t in norm.tensors]
     widths = [known.shape[1] for op in ops for known in value(op)]
-    op = call(graph, widths, rows, weights, captures, sizes, norm.kind, float(norm.eps), norm.prologue(*vectors), epilogues, pairs)
+    op = call(graph, widths, rows, weights, captures, sizes, norm.kind, norm.eps if isinstance(norm.eps, Node) else float(norm.eps), norm.prologue(*vectors), epilogues, pairs)
     return [insert(graph, operator.getitem, op, first[item.args[0]] + item.args[1]) for item in items]
 
 

@@ -83,5 +83,18 @@ def test_matmuls_that_depend_on_each_other_are_refused(rewriting):
     rewriting.refused("rms_norm_linear", fn, *operands(), torch.randn(N, N), reason="depend on each other")
 
 
+def test_a_symbolic_eps_is_specialised(rewriting):
+    layer = torch.nn.Linear(K, N)
+
+    def fn(x, eps):
+        return layer(F.rms_norm(x, (K,), None, eps))
+
+    rewriting.check(fn, operands()[0], 1e-2, count={"rms_norm_linear": 1}, dynamic=True)
+    compiled = torch.compile(fn, backend="tileweld", options={"target": "reference"}, dynamic=True)
+    ones = torch.ones(2, 5, K)
+    for eps in (1e-2, 3.0):  # the second needs its own code: rsqrt(1 + 3) is half of rsqrt(1)
+        torch.testing.assert_close(compiled(ones, eps), fn(ones, eps))
+
+
 def test_a_norm_that_no_matmul_reads_is_not_this(rewriting):
     rewriting.silent("rms_norm_linear", lambda x, n, w, _: llama(F.linear(x, w), torch.ones(N)), *operands())
