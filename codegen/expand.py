@@ -6,6 +6,7 @@ ops of the dialect bring theirs (compiler/ir/expansions.py). A function is trace
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -91,12 +92,12 @@ PARTS = {aten._softmax.default: softmax, aten._log_softmax.default: log_softmax,
          aten.native_layer_norm.default: native_layer_norm, aten.native_layer_norm_backward.default: native_layer_norm_backward, aten.var_mean.correction: var_mean, aten.var.correction: var}
 
 
-def expand(gm: GraphModule, whole: frozenset = frozenset()) -> None:
-    """Replace every op that has parts by them, in place; ``whole``: ops that have a kernel of their own."""
-    parts = {op: function for op, function in {**PARTS, **EXPANSIONS}.items() if op not in whole}
+def expand(gm: GraphModule, whole: frozenset = frozenset(), apart: Collection[str] = ()) -> None:
+    """Replace every op that has parts by them, in place; ``whole``: ops that have a kernel of their own, but for the nodes named in ``apart``."""
+    parts = {**PARTS, **EXPANSIONS}
     traced: dict = {}
     for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target in parts and _is_float(node):
+        if node.op == "call_function" and node.target in parts and (node.target not in whole or node.name in apart) and _is_float(node):
             _inline(gm, node, parts[node.target], traced)
 
 

@@ -5,7 +5,8 @@ is at its limit, or the op's own definition. What was chosen, and why, goes into
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch.fx import GraphModule, Node
@@ -16,13 +17,14 @@ from ..runtime.build import CppUnit, compile_cpp
 from ..runtime.interpret import interpreted_entry
 from ..runtime.launch import CppLauncher
 from ..runtime.source_module import load_python_source
-from . import log
 from .assemble import assemble
 from .constants import fold_constants
+from .degrade import degrade
 from .errors import BuildError, CompilerNotFound
 from .ir.graph import is_tensor, value
 from .ir.lowered import Launch
 from .options import Options
+from .pays import losers
 from .place import CannotPlace, Placer
 from .reinplace import reinplace
 from .report import KernelUse, Report
@@ -31,8 +33,13 @@ from .select import SELECTORS, Choice, region
 
 def lower(gm: GraphModule, options: Options, report: Report, number: int, cuda_graphs: bool = False) -> Callable:
     """Replace fused ops and regions by their implementations, build all kernels of the graph at once, and return its executable."""
+    untouched = GraphModule(gm, copy.deepcopy(gm.graph))
     choices = choose(gm, options)
     launchers = _build({c.kernel.source: c for c in choices if c.kernel is not None}, options, report)
+    if apart := losers(choices, launchers):
+        gm, choices = untouched, choose(untouched, options, apart)
+        launchers |= _build({c.kernel.source: c for c in choices if c.kernel is not None and c.kernel.source not in launchers}, options, report)
+        report.kernels += [KernelUse("linear", "aten:mm", reason, number) for reason in apart.values()]
     placer = Placer(gm)
     for choice in choices:
         name, reason = choice.name, choice.reason
@@ -48,7 +55,6 @@ def lower(gm: GraphModule, options: Options, report: Report, number: int, cuda_g
             name, reason = "reference", refusal
         report.kernels.append(KernelUse(choice.op, name, reason, number))
     gm.graph.eliminate_dead_code()
-    reinplace(gm)
     gm.recompile()
     return assemble(gm, cuda_graphs)
 
@@ -68,11 +74,16 @@ def put(placer: Placer, choice: Choice, launchers: Mapping[str, Callable | None]
     return ""
 
 
-def choose(gm: GraphModule, options: Options) -> list[Choice]:
-    """The implementation of every fused op and region of the graph; ops that stand for several are replaced by their parts, what no input reaches by constants; nothing is built."""
+def choose(gm: GraphModule, options: Options, apart: Collection[str] = ()) -> list[Choice]:
+    """The implementation of every fused op and region of the graph; nothing is built.
+
+    Before that, ops that stand for several are replaced by their parts (those of the nodes named in ``apart`` too), what no input reaches by
+    constants, updates of inputs by updates in place.
+    """
     if options.target != "reference":
-        expand(gm, frozenset(SELECTORS) - {torch.ops.tileweld.rms_norm.default})
+        expand(gm, frozenset(SELECTORS) - {torch.ops.tileweld.rms_norm.default}, apart)
     fold_constants(gm)
+    reinplace(gm)
     choices = []
     for node in gm.graph.nodes:
         selector = SELECTORS.get(node.target) if node.op == "call_function" else None
@@ -103,14 +114,20 @@ def _build(choices: dict[str, Choice], options: Options, report: Report) -> dict
     try:
         libraries = compile_cpp([CppUnit(k.name, k.source, k.link_torch) for k in cpp])
         launches |= {k.source: CppLauncher(library, k.entry) for k, library in zip(cpp, libraries)}
-    except (CompilerNotFound, BuildError) as error:
+    except CompilerNotFound as error:
         _degrade(str(error), error, options, report)
+    except BuildError:  # one of them does not compile: the others still do
+        for k in cpp:
+            try:
+                launches[k.source] = CppLauncher(compile_cpp([CppUnit(k.name, k.source, k.link_torch)])[0], k.entry)
+            except BuildError as error:
+                _degrade(str(error), error, options, report)
     for choice in choices.values():
         k = choice.kernel
         if k.language == "triton":
             try:
                 if choice.interpreted:
-                    _warn("CPU tensors on the triton target run in Triton's interpreter: for checking numerics, never for speed", report)
+                    degrade(report, "CPU tensors on the triton target run in Triton's interpreter", cure="it is for checking numerics, never for speed")
                     launches[k.source] = interpreted_entry(k.name, k.source, k.entry)
                 else:
                     launches[k.source] = getattr(load_python_source(k.name, k.source), k.entry)
@@ -122,11 +139,4 @@ def _build(choices: dict[str, Choice], options: Options, report: Report) -> dict
 def _degrade(message: str, error: Exception, options: Options, report: Report) -> None:
     if options.strict:
         raise error
-    _warn(f"{message}. The fused ops run on their definition in torch, which is slow", report)
-
-
-def _warn(message: str, report: Report) -> None:
-    """A degradation: logged once and listed in the report."""
-    if message not in report.warnings:
-        log.get("codegen").warning("%s", message)
-    report.warn(message)
+    degrade(report, message, cure="the ops run on their definition in torch, which is slow; options={'strict': True} makes it an error")

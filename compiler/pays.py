@@ -1,0 +1,114 @@
+"""A fusion that does not pay is not made: a matmul's kernel is timed against torch's own matmul and its epilogue apart.
+
+The alternative is counted at its best: the library's product, and one pass over memory for the norm and for each epilogue. A kernel
+that is more than a tenth slower (the clock's noise on a busy machine) loses, and its op is taken apart. Timed once a kernel, number of
+rows and thread count, and kept in the cache. Small products are not timed: there the launches saved are worth more than the product.
+On a machine that is busy with other work, where a contender's own times differ by a third, nothing is concluded and nothing kept.
+"""
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ..runtime import cache
+from . import log
+from .ir.graph import value
+from .ir.kernel import Kernel
+from .select import Choice
+
+WORTH_TIMING = 2e7  # FLOPs: 0.1 to 0.2 ms of one core
+ROUNDS = 7
+SECONDS = 0.15  # for one kernel; a large product gets fewer rounds, but not below three
+STEADY = 1.3  # median over best
+MARGIN = 1.1
+
+_known: dict[str, tuple[float, float]] = {}
+_UNSTEADY = (0.0, 0.0)
+
+
+def losers(choices: Sequence[Choice], launchers: dict[str, Callable]) -> dict[str, str]:
+    """Name of the node -> why it is better taken apart, of the fused matmuls on CPUs."""
+    found = {}
+    for choice in choices:
+        k = choice.kernel
+        if choice.op != "linear" or k is None or k.language != "cpp" or k.source not in launchers:
+            continue
+        x, *rest = (value(n) for n in choice.inputs)
+        weights = rest[:len(choice.node.args[1])]
+        rows = _hint(x.shape[0])
+        if sum(2.0 * rows * w.shape[0] * w.shape[1] for w in weights) < WORTH_TIMING:
+            continue
+        fused, apart = _seconds(choice, k, launchers[k.source], x, weights, rest[len(weights):])
+        if fused > MARGIN * apart:
+            found[choice.node.name] = f"torch's matmul and the rest apart are faster here: {apart * 1e3:.2f} ms against {fused * 1e3:.2f}"
+    return found
+
+
+def _hint(n) -> int:
+    return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
+
+
+def _seconds(choice: Choice, kernel: Kernel, launch: Callable, x, weights, captures) -> tuple[float, float]:
+    """(the kernel's time, the library's with its passes over memory), from the cache or measured now."""
+    shapes = [[_hint(n) for n in t.shape] for t in (x, *weights, *captures)]
+    strides = [[_hint(n) for n in t.stride()] for t in (x, *weights)]
+    key = cache.entry_key("pays 2", kernel.source, shapes=shapes, strides=strides, threads=torch.get_num_threads())
+    if key not in _known:
+        path = cache.root() / f"{key}.pays.json"
+        try:
+            fused, apart = json.loads(path.read_text())
+            _known[key] = float(fused), float(apart)
+        except (OSError, ValueError, TypeError):
+            _known[key] = _measured(choice, launch, x, weights, captures)
+            if _known[key] != _UNSTEADY:
+                cache.put_text(path, json.dumps(_known[key]))
+            log.get("codegen").debug("%s: %.3f ms, apart %.3f ms", kernel.name, *(1e3 * s for s in _known[key]))
+    return _known[key]
+
+
+def _like(fake: torch.Tensor) -> torch.Tensor:
+    """A real tensor of a fake one's layout; ones, since zeros and denormals may be faster or slower than numbers."""
+    sizes, strides = [_hint(n) for n in fake.shape], [_hint(n) for n in fake.stride()]
+    return torch.empty_strided(sizes, strides, dtype=fake.dtype).fill_(1 if fake.dtype.is_floating_point else 0)
+
+
+def _measured(choice, launch, x, weights, captures) -> tuple[float, float]:
+    with torch.inference_mode(False), torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
+        ins = [_like(t) for t in (x, *weights, *captures)]
+        outs = [_like(value(o)) for o in choice.outputs]
+        ints = [_hint(n if not isinstance(n, torch.fx.Node) else value(n)) for n in choice.ints]
+        source, matrices = ins[0], ins[1:1 + len(weights)]
+        spare = torch.empty_like(source)
+        products = [torch.empty(source.shape[0], w.shape[0], dtype=source.dtype) for w in matrices]
+        has_norm, epilogues = bool(choice.node.args[4]), choice.node.args[7]
+
+        def fused():
+            launch([*outs, *ins], ints, choice.floats)
+
+        def apart():
+            if has_norm:
+                torch.mul(source, source, out=spare)
+            for w in matrices:
+                F.linear(source, w)
+            for text, out in zip(epilogues, outs):
+                if not text.startswith("a") or len(text) > 2:
+                    torch.mul(products[0] if products[0].shape == out.shape else out, out, out=out)
+
+        for call in (fused, apart):
+            call()
+        times, started = ([], []), time.perf_counter()
+        for done in range(1, ROUNDS + 1):
+            for own, call in zip(times, (fused, apart)):
+                start = time.perf_counter()
+                call()
+                own.append(time.perf_counter() - start)
+            if done >= 3 and time.perf_counter() - started > SECONDS:
+                break
+    if any(statistics.median(own) > STEADY * min(own) for own in times):
+        return _UNSTEADY
+    return min(times[0]), min(times[1])

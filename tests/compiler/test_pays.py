@@ -1,0 +1,86 @@
+"""A fusion that does not pay is not made: what is timed, what the verdict changes, what is kept."""
+import functools
+import itertools
+import types
+
+import pytest
+import torch
+from tileweld.compiler import pays
+from tileweld.compiler.backend import tileweld
+from tileweld.compiler.report import Report
+
+
+def run(f, *inputs):
+    torch._dynamo.reset()
+    report = Report()
+    with torch.no_grad():
+        return torch.compile(f, backend=functools.partial(tileweld, report=report), dynamic=False)(*inputs), report
+
+
+class MLP(torch.nn.Module):
+    def __init__(self, width=512):
+        super().__init__()
+        self.norm, self.gate, self.up, self.down = torch.nn.RMSNorm(width, eps=1e-6), *(torch.nn.Linear(width, width, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.down(torch.nn.functional.silu(self.gate(y)) * self.up(y))
+
+
+@pytest.fixture
+def timed(monkeypatch, tmp_path):
+    """Times that the test decides, in an empty cache: timed(fused, apart) -> the kernels that were asked about."""
+    monkeypatch.setenv("TILEWELD_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(pays, "_known", {})
+
+    def set_times(fused, apart):
+        asked = []
+        monkeypatch.setattr(pays, "_measured", lambda choice, *rest: (asked.append(choice.node.name), (fused, apart))[1])
+        return asked
+
+    return set_times
+
+
+def test_a_slower_kernel_is_taken_apart_and_the_result_stays(timed):
+    model, x = MLP(), torch.randn(64, 512)
+    asked = timed(2.0, 1.0)
+    result, report = run(model, x)
+    torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)
+    assert len(asked) == 2 and report.counts["gated_mlp"] == 1
+    rows = [k for k in report.kernels if k.implementation == "aten:mm"]
+    assert len(rows) == 2 and "2000.00" in rows[0].reason and not any(k.implementation.startswith("cpp:linear") for k in report.kernels)
+    assert not report.warnings
+
+
+def test_a_faster_kernel_stays_and_is_timed_once(timed):
+    model, x = MLP(), torch.randn(64, 512)
+    asked = timed(1.0, 1.05)
+    _, report = run(model, x)
+    assert sum(k.implementation.startswith("cpp:linear") for k in report.kernels) == 2
+    pays._known.clear()
+    before = len(asked)
+    run(model, x)
+    assert len(asked) == before == 2  # the second process finds it on disk
+
+
+def test_small_products_are_not_timed(timed):
+    asked = timed(2.0, 1.0)
+    run(MLP(64), torch.randn(4, 64))
+    assert not asked
+
+
+def test_an_unsteady_clock_decides_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("TILEWELD_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(pays, "_known", {})
+    ticks = itertools.count()
+    monkeypatch.setattr(pays, "time", types.SimpleNamespace(perf_counter=lambda: 1.5 ** (next(ticks) % 200)))  # every interval is longer than the last
+    _, report = run(MLP(), torch.randn(64, 512))
+    assert not [k for k in report.kernels if k.implementation == "aten:mm"] and not list((tmp_path / "cache").glob("*.pays.json"))
+
+
+def test_a_measurement_is_of_both():
+    """Real times are positive, or the clock was unsteady."""
+    model, x = MLP(), torch.randn(64, 512)
+    before = set(pays._known)
+    run(model, x)
+    assert all(times == pays._UNSTEADY or min(times) > 0 for key, times in pays._known.items() if key not in before)
