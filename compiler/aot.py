@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
 from torch.fx import GraphModule
 
 
@@ -17,6 +18,8 @@ def compile_graph(gm: GraphModule, example_inputs, lower: Callable[[GraphModule,
     def compiler(is_backward):
         def compile_one(graph: GraphModule, inputs):
             made = lower(graph, is_backward)
+            if (context := TracingContext.try_get()) is not None and context.fw_metadata is not None:
+                context.fw_metadata.bw_donated_idxs = []  # nothing here writes over saved tensors, so backward(retain_graph=True) may run
             return made if getattr(made, "_boxed_call", False) else make_boxed_func(made)  # an executable takes its arguments as a list, to free them as it goes
 
         return compile_one

@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 from .. import passes
 from . import log
 from .aot import compile_graph
-from .capture import capture
+from .capture import cannot_capture, capture
 from .degrade import watch
 from .lower import lower
 from .options import Options
@@ -48,6 +48,14 @@ def tileweld(gm: GraphModule, example_inputs, *, options=None, mode=None, report
 
 def rewrite(gm: GraphModule, example_inputs, options: Options, report: Report) -> GraphModule:
     """Capture a graph and run the passes over it; the report gains a graph."""
+    if (reason := cannot_capture(gm)) is not None:
+        log.get("capture").warning("%s", reason)
+        report.warn(reason)
+        for node in gm.graph.nodes:
+            node.meta.setdefault("val", node.meta.get("example_value"))
+        report.captured.append(_copy(gm))
+        report.graphs.append(gm)
+        return gm
     captured = capture(gm, example_inputs)
     report.captured.append(_copy(captured))
     rewritten = run(captured, passes.PIPELINE, options, report)

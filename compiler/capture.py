@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from . import log
 from .grad_regions import make_explicit
+from .ir.graph import source_of
 
 
 def fake_inputs(example_inputs) -> tuple[FakeTensorMode, list]:
@@ -31,6 +32,15 @@ def fake_inputs(example_inputs) -> tuple[FakeTensorMode, list]:
             x = mode.from_tensor(x, static_shapes=symbolic is None, symbolic_context=symbolic, source=getattr(symbolic, "tensor_source", None))
         fakes.append(x)
     return mode, fakes
+
+
+def cannot_capture(gm: GraphModule) -> str | None:
+    """Why a graph of Dynamo's has to go to AOT as it is: tensors inside vmap, grad or jvp are wrapped, and make_fx takes them for constants."""
+    inside = next((n for n in gm.graph.nodes if "functorch" in getattr(n.target, "__module__", "") or "_functorch" in str(n.target)), None)
+    if inside is None:
+        return None
+    where = f" ({source})" if (source := source_of(inside)) else ""
+    return f"a graph with a torch.func transform (vmap, grad, jvp){where} is not captured: none of its ops are fused by a rewrite, only into regions"
 
 
 class _Capturing(torch.fx.Interpreter):

@@ -60,6 +60,8 @@ def written(node: Node) -> list[Node]:
     if node.op in ("placeholder", "get_attr", "output") or node.target is operator.getitem:
         return []
     if not isinstance(node.target, torch._ops.OpOverload):
+        if node.target is torch.ops.higher_order.autograd_function_apply:  # it says itself what it writes to
+            return list(node.all_input_nodes) if node.kwargs.get("dirty_idx") else []
         pure = node.op == "call_function" and not isinstance(node.target, torch._ops.HigherOrderOperator)
         return [] if pure else list(node.all_input_nodes)
     if node.target in HIDDEN_WRITES:
