@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import sympy
 from torch.fx import GraphModule, Node
 
+from .constants import Constant
 from .devices import Device
 from .ir.cost import Call, Cost, cost, fused, hints, is_kernel, is_known
 
@@ -135,7 +136,7 @@ class Costs:
                 after.append(one)
             inside |= set(members)
         for node in gm.graph.nodes:
-            if node not in inside and (counted := cost(Call(node))) is not None:
+            if node not in inside and not isinstance(node.target, Constant) and (counted := cost(Call(node))) is not None:
                 kernels.append(counted)
                 self.fallbacks[Call(node).name.replace("aten::", "")] += 1
         return kernels

@@ -37,9 +37,12 @@ class Norm:
 
 
 def fold(norm: Norm, writes: Writes) -> Match | None:
-    """The Match that puts the norm into its consumers; None where no fused matmul reads it. Raises Refused."""
+    """The Match that puts the norm into its consumers; None where no fused matmul reads it. Raises Refused.
+
+    A norm whose result is the residual stream too (post-norm models: BERT) is no prologue by design; others' passes take it.
+    """
     ops, others = _consumers(norm.node)
-    if not ops:
+    if not ops or any(is_call(n, aten.add.Tensor) or is_call(n, torch.ops.tileweld.linear.default) for n in others):
         return None
     if norm.problem:
         raise Refused(norm.problem, norm.node, "flatten the dims first")

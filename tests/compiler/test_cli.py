@@ -95,7 +95,7 @@ def test_the_option_strict_raises_and_is_a_refusal_too(user_file):
 
 def test_options_reach_the_backend(user_file):
     result = run("explain", f"{user_file}:pair", "--option", "passes=attention:off", "--json")
-    assert json.loads(result.stdout)["counts"] == {}
+    assert "attention" not in json.loads(result.stdout)["counts"]
     assert "options ask for it" in run("explain", f"{user_file}:pair", "--option", "target=reference").stdout
 
 
