@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -11,7 +12,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.fx import Node
 
-from ..codegen.cpp import region as cpp_region
 from .errors import UnsupportedError
 from .ir import rms_norm as _rms_norm_op  # noqa: F401 (registers the op)
 from .ir.attention import Variant, variant_of
@@ -19,7 +19,7 @@ from .ir.cross_entropy import check_targets
 from .ir.graph import value
 from .ir.kernel import Kernel
 from .ir.linear import spec_of
-from .ir.region import Region
+from .ir.region import Body, Region
 from .options import Options
 
 
@@ -142,7 +142,7 @@ def region(found: Region, target: str = "cpp") -> Choice:
     if target == "triton":
         return _triton_region(found, reason)
     try:
-        kernel = cpp_region.emit(body)
+        kernel = _region_kernel("cpp", body)
     except UnsupportedError as error:
         return Choice("region", error.what)
     if not body.checks:
@@ -161,7 +161,7 @@ def _triton_region(found: Region, reason: str) -> Choice:
     if body.checks and torch.version.hip:
         return Choice("region", "reads positions from data, which is not asserted on HIP")
     try:
-        kernel = importlib.import_module("..codegen.triton.region", __package__).emit(body)
+        kernel = _region_kernel("triton", body)
     except UnsupportedError as error:
         return Choice("region", error.what)
     count = len(body.inputs)
@@ -199,15 +199,29 @@ def _generated(op: str, target: str, node: Node, inputs: list[Node], ints: Seque
     """The kernel that codegen/{target}/{op}.emit(*args, **kwargs) makes, launched with [node, *inputs], ints, floats; what it does not support runs on the definition."""
     if target == "triton" and not _has_triton():
         return Choice(op, "triton is not installed: pip install 'tileweld[gpu]'")
-    emit = importlib.import_module(f"..codegen.{target}.{op}", __package__).emit  # triton is an optional dependency
     try:
-        kernel = emit(*args, **kwargs)
+        kernel = _emitted(target, op, tuple(map(_hashable, args)), tuple((name, _hashable(x)) for name, x in kwargs.items()))
     except UnsupportedError as error:
         return Choice(op, error.what)
-    kernel = dataclasses.replace(kernel, name=f"{kernel.name}_{hashlib.sha256(kernel.source.encode()).hexdigest()[:6]}")  # so that a report tells two apart
     interpreted = target == "triton" and value(inputs[0]).device.type == "cpu"
     return Choice(op, "CPU tensors on the triton target: interpreted, for checking only" if interpreted else "generated for this op", kernel=kernel, inputs=inputs, outputs=[node],
                   ints=tuple(ints), floats=tuple(floats), interpreted=interpreted)
+
+
+@functools.lru_cache(512)
+def _emitted(target: str, op: str, args: tuple, kwargs: tuple) -> Kernel:
+    """The layers of a model have the same kernels: each is written once. Its name ends in a hash, so that a report tells two apart."""
+    kernel = importlib.import_module(f"..codegen.{target}.{op}", __package__).emit(*args, **dict(kwargs))  # triton is an optional dependency
+    return dataclasses.replace(kernel, name=f"{kernel.name}_{hashlib.sha256(kernel.source.encode()).hexdigest()[:6]}")
+
+
+@functools.lru_cache(512)
+def _region_kernel(target: str, body: Body) -> Kernel:
+    return importlib.import_module(f"..codegen.{target}.region", __package__).emit(body)
+
+
+def _hashable(x):
+    return tuple(x) if isinstance(x, list) else x
 
 
 def _has_triton() -> bool:
