@@ -27,6 +27,7 @@ from .evaluate import Evaluator
 from .parser import parse, parse_mask
 
 BLOCK_ELEMENTS = 1 << 24  # scores held at once by the definition: 64 MiB in fp32
+BACKWARD_ELEMENTS = 1 << 19  # by its gradient on a CPU, which goes over them five times: 2 MiB stay in the cache, 4 times as fast as 64 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,19 +111,25 @@ def empty_output(q: Tensor, width: int) -> Tensor:
 
 
 class _Rows:
-    """Scores and probabilities of the query rows [start, stop) in the compute dtype."""
+    """Scores and probabilities of the query rows [start, stop) over the first ``keys`` keys in the compute dtype; k with a head for each of q's."""
 
-    def __init__(self, q, k, captures, sizes, variant, start, stop, dtype):
+    def __init__(self, q, k, captures, sizes, variant, start, stop, dtype, keys=None):
         batch, heads, rows, width = q.shape
-        keys, device = k.shape[2], q.device
+        keys, device = k.shape[2] if keys is None else keys, q.device
         self.q = q[:, :, start:stop].to(dtype)
-        self.k = k.repeat_interleave(heads // k.shape[1], 1).to(dtype)
+        self.k = k[:, :, :keys]
         positions = {"b": (batch, 0), "h": (heads, 1), "j": (keys, 3)}
         env = {name: torch.arange(n, device=device).view([-1 if axis == d else 1 for d in range(4)]) for name, (n, axis) in positions.items()}
         env["i"] = torch.arange(start, stop, device=device).view(1, 1, -1, 1)
-        env |= {"Tq": rows, "Tk": keys, **{f"n{n}": value for n, value in enumerate(sizes)}, "s": self.q @ self.k.transpose(2, 3)}
+        env |= {"Tq": rows, "Tk": k.shape[2], **{f"n{n}": value for n, value in enumerate(sizes)}, "s": self.q @ self.k.transpose(2, 3)}
         self.evaluate = Evaluator(env, captures, dtype, device)
         self.shape = (batch, heads, stop - start, keys)
+        self.sink = None
+        if variant.is_causal and not variant.sink and variant.score_expr.has(sc.S) and keys == min(stop, k.shape[2]):  # what backward asks for: only the last keys are masked
+            score = self.evaluate.float(variant.score_expr)
+            score[..., start:].masked_fill_(~self.evaluate(variant.mask_expr)[..., start:], float("-inf"))
+            self.p = torch.softmax(score, -1)
+            return
         self.visible = self.evaluate(variant.mask_expr)
         score = self.evaluate.float(variant.score_expr).expand(self.shape)
         if variant.mask_expr is not sympy.true:
@@ -136,9 +143,14 @@ class _Rows:
         self.p_sink = probabilities[..., keys:]
 
 
-def _row_blocks(q, k):
+def _every_head(x, q, dtype):
+    """k or v with a head for each of q's, in the compute dtype."""
+    return (x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1)).to(dtype)
+
+
+def _row_blocks(q, k, elements=BLOCK_ELEMENTS):
     batch, heads, rows, _ = q.shape
-    step = max(1, BLOCK_ELEMENTS // max(1, batch * heads * k.shape[2]))
+    step = max(1, elements // max(1, batch * heads * k.shape[2]))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -148,9 +160,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes
     out = empty_output(q, v.shape[3])
     if k.shape[2] == 0:
         return out.zero_()
-    values = v.repeat_interleave(q.shape[1] // v.shape[1], 1).to(dtype)
+    keys, values = _every_head(k, q, dtype), _every_head(v, q, dtype)
     for start, stop in _row_blocks(q, k):
-        out[:, :, start:stop] = (_Rows(q, k, captures, sizes, variant, start, stop, dtype).p @ values).to(q.dtype)
+        out[:, :, start:stop] = (_Rows(q, keys, captures, sizes, variant, start, stop, dtype).p @ values).to(q.dtype)
     return out
 
 
@@ -163,27 +175,30 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, captures: 
     if k.shape[2] == 0:
         return [torch.zeros_like(x) for x in (q, k, v, *differentiable)]
     heads = q.shape[1]
-    values = v.repeat_interleave(heads // v.shape[1], 1).to(dtype)
+    all_keys, values = _every_head(k, q, dtype), _every_head(v, q, dtype)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.zeros((q.shape[0], heads, *k.shape[2:]), dtype=dtype, device=q.device)
     dv = torch.zeros((q.shape[0], heads, *v.shape[2:]), dtype=dtype, device=q.device)
     dcaptures = {n: torch.zeros(c.shape, dtype=dtype, device=c.device) for n, c in enumerate(captures) if c.dtype.is_floating_point}
     ds_ds, by_capture, by_sink = derivatives(variant)
-    for start, stop in _row_blocks(q, k):
-        rows = _Rows(q, k, captures, sizes, variant, start, stop, dtype)
+    hides_gradient = variant.mask_expr is not sympy.true and variant.empty != "added" and not variant.is_causal  # causal: p is 0 there
+    for start, stop in _row_blocks(q, k, BACKWARD_ELEMENTS if q.device.type == "cpu" else BLOCK_ELEMENTS):
+        seen = min(stop, k.shape[2]) if variant.is_causal else k.shape[2]
+        rows = _Rows(q, all_keys, captures, sizes, variant, start, stop, dtype, seen)
         dout = grad[:, :, start:stop].to(dtype)
-        dp = dout @ values.transpose(2, 3)
-        delta = (rows.p * dp).sum(-1, keepdim=True)
-        dscore = rows.p * (dp - delta)
-        if variant.mask_expr is not sympy.true and variant.empty != "added":
+        dp = dout @ values[:, :, :seen].transpose(2, 3)
+        dscore = torch._softmax_backward_data(dp, rows.p, -1, dtype)  # p (dp - sum(p dp))
+        if hides_gradient:
             dscore = torch.where(rows.visible, dscore, torch.zeros((), dtype=dtype, device=q.device))
-        ds = dscore * rows.evaluate.float(ds_ds)
-        dv += rows.p.transpose(2, 3) @ dout
-        dq[:, :, start:stop] = (ds @ rows.k).to(q.dtype)
-        dk += ds.transpose(2, 3) @ rows.q
+        ds = dscore if sc.is_const(ds_ds) else dscore * rows.evaluate.float(ds_ds)
+        factor = float(ds_ds) if sc.is_const(ds_ds) else 1.0  # of a smaller product
+        dv[:, :, :seen] += rows.p.transpose(2, 3) @ dout
+        dq[:, :, start:stop] = ((ds @ rows.k) * factor).to(q.dtype)
+        dk[:, :, :seen] += ds.transpose(2, 3) @ (rows.q * factor)
         for element, derivative in by_capture:
             _accumulate(dcaptures, element, dscore * rows.evaluate.float(derivative), rows.evaluate)
         for element, derivative in by_sink:
+            delta = (rows.p * dp).sum(-1, keepdim=True)
             _accumulate(dcaptures, element, -rows.p_sink * delta * rows.evaluate.float(derivative), rows.evaluate)
 
     def to_group(x, like):
