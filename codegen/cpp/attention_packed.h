@@ -116,7 +116,8 @@ constexpr int64_t PACKED_FLOATS = int64_t(1) << 20;  // 4 MiB: one head of 8192 
 static void attend_packed(const Call& call) {
     const int64_t panels = (call.Tk + PANEL - 1) / PANEL, key_size = panels * PANEL * D, value_size = call.Tk * DVP;
     const int64_t key_group = call.H / call.Hk, value_group = call.H / call.Hv;
-    const int64_t step = std::lcm(key_group, value_group);  // query heads of a unit: whole groups of both
+    int64_t step = key_group;  // query heads of a unit: whole groups of both
+    while (step % value_group != 0) step += key_group;
     const int64_t unit_keys = step / key_group, unit_values = step / value_group, units_of_batch = call.H / step, units = call.B * units_of_batch;
     const int64_t fitting = PACKED_FLOATS / (unit_keys * key_size + unit_values * value_size);
     const int64_t chunk = smaller(units, fitting > 1 ? fitting : 1);

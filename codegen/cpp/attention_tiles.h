@@ -40,7 +40,7 @@ struct RowState {
 };
 
 // exp(x - y) for x <= y
-INLINE float ratio(float x, float y) { return std::exp2((x - y) * LOG2E); }
+INLINE float ratio(float x, float y) { return __builtin_exp2f((x - y) * LOG2E); }
 
 // Nothing seen but the sink, one logit of the denominator (-inf for none).
 INLINE RowState start_row(float sink) {

@@ -77,7 +77,7 @@ INLINE Statistics statistics_of(const Row& row, bool with_mean) {
             for (d = 0; d < count; ++d) sum += z[d];
     }
     const float total = sum_of((totals[0] + totals[1]) + (totals[2] + totals[3]));
-    return {top, std::log(total), float(sum / double(row.classes) - top)};
+    return {top, __builtin_logf(total), float(sum / double(row.classes) - top)};
 }
 
 // data: losses, statistics, status, logits, targets. ints: their sizes and strides, ignore_index. floats: softcap, smoothing.
@@ -147,7 +147,7 @@ extern "C" void BACKWARD(void* const* data, const int64_t* ints, const double* f
                 for (int64_t d = 0; d < count; ++d) store_element(out + from + d, gradients[d]);
         }
         const float z = row.value(target), slope = CAPPED ? 1.0f - (z / cap) * (z / cap) : 1.0f;
-        store_element(out + target, (std::exp((z - top) - rest) - everywhere - (1.0f - smoothing)) * grad * slope);
+        store_element(out + target, (__builtin_expf((z - top) - rest) - everywhere - (1.0f - smoothing)) * grad * slope);
     }
 }
 #endif

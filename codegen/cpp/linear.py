@@ -1,6 +1,6 @@
 """``tileweld::linear`` as C++: matrix products with their prologue, norm and epilogue, from weights as they lie, in float32.
 
-One translation unit without torch headers. Two ways through it, chosen by the number of rows at run time:
+One translation unit without torch headers. Two ways through it, chosen by the number of rows; where that is known, the unit has one of them:
 
 - few rows, decoding (linear_few.h): each weight is read once, in place, for all rows; threads share the columns of all weights;
 - many rows (linear_many.h): threads take strips of columns, pack a strip into the L2 cache, and run it over all rows; the
@@ -26,7 +26,7 @@ from .printer import SIZE_LIMIT
 from .score import ELEMENTS, Captures
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FEW = 8  # rows up to which weights may be read in place, see linear_few.h
+FEW = 8  # rows up to which weights may be read in place
 _FOLDER = Path(__file__).parent
 
 
@@ -42,8 +42,11 @@ class Group:
 
 
 def emit(spec: Spec, *, x_dtype: torch.dtype, weight_dtypes: Sequence[torch.dtype], capture_dtypes: Sequence[torch.dtype] = (), capture_ranks: Sequence[int] = (),
-         widths: Sequence[int], k: int, num_sizes: int = 0) -> Kernel:
-    """The kernel of a spec, for any number of rows and all strides.
+         widths: Sequence[int], k: int, num_sizes: int = 0, rows: int | None = None, unit: Sequence[Sequence[bool]] | None = None) -> Kernel:
+    """The kernel of a spec.
+
+    rows: how many x has, None for any. unit: for each tensor of a call, which of its dims have stride 1; None for all strides. A kernel for some rows
+    and strides takes half the time to compile; calls must keep to them. More than `few(k)` rows give the same kernel, whatever their number.
 
     x_dtype: of x and the outputs; with weight_dtypes float32, float16 or bfloat16. widths: the N of every weight [N, K]; k: K.
     Tensors of a call: [*outputs, x, *weights, *captures], then the integers n0, n1, ...; floats: eps.
@@ -56,9 +59,14 @@ def emit(spec: Spec, *, x_dtype: torch.dtype, weight_dtypes: Sequence[torch.dtyp
         raise UnsupportedError(f"no C++ linear kernel for {k} -> {max(widths)} columns", cure=f"up to {SIZE_LIMIT - 1} are supported")
     captures = Captures(tuple(capture_dtypes), tuple(capture_ranks))
     found = groups(spec, widths)
-    loops = Loops(captures, num_sizes)
-    prologue = loops.function("static void prologue(const Call& call, int64_t i, const float* from, float u, float r, float* to, int64_t first, int64_t width)", spec.prologue_expr, k,
-                              {"x": "from[n]"})
+    outputs, weights = len(spec.epilogues), len(weight_dtypes)
+    at = outputs + 1  # of the first weight in a call
+    lies = {_lies(unit[at + w] if unit is not None else None) for w in range(weights)}
+    is_few, is_many = (rows is None or rows <= few(k)) and "apart" not in lies, rows is None or rows > few(k) or bool(lies & {"apart", None})
+    steps = (4, 2, 1) if rows is None else tuple(n for n in (4, rows % 4) if 0 < n <= rows)
+    halves = {x_dtype, *weight_dtypes} == {torch.bfloat16}
+    loops = Loops(captures, num_sizes, unit[at + weights:] if unit is not None else None)
+    prologue = loops.function("prologue", "const Call& call, int64_t i, const float* from, float u, float r, float* to, int64_t first, int64_t width", spec.prologue_expr, k, {"x": "from[n]"})
     epilogues = [_epilogue(loops, spec, group, o) for group in found for o in group.outputs]
     detail = _detail(spec, x_dtype, weight_dtypes, widths, k)
     identity = spec.prologue_expr == sc.X
@@ -67,8 +75,10 @@ def emit(spec: Spec, *, x_dtype: torch.dtype, weight_dtypes: Sequence[torch.dtyp
         f"//   dtypes x {_name(x_dtype)}, weights {', '.join(map(_name, weight_dtypes))}, captures {', '.join(map(_name, captures.dtypes)) or 'none'}\n#include <omp.h>\n",
         _text("vector.h"), _text("scalar_math.h"),
         "// ---- this variant\n",
-        f"using X = {ELEMENTS[x_dtype]};\nconstexpr int64_t K = {k};\nconstexpr int NORM = {NORMS.index(spec.norm)}, OUTPUTS = {len(spec.epilogues)}, WEIGHTS = {len(weight_dtypes)};\n"
-        f"constexpr bool IDENTITY = {str(identity).lower()};  // the prologue is x\nconstexpr int64_t FEW = {FEW};  // rows\n",
+        f"using X = {ELEMENTS[x_dtype]};\nconstexpr int64_t K = {k};\nconstexpr int NORM = {NORMS.index(spec.norm)}, OUTPUTS = {outputs}, WEIGHTS = {weights};\n"
+        f"constexpr bool IDENTITY = {_flag(identity)};  // the prologue is x\n",
+        f"// known of every call\nconstexpr bool X_UNIT = {_flag(unit is not None and unit[outputs][1])}, OUT_UNIT = {_flag(unit is not None and all(u[1] for u in unit[:outputs]))};  // rows without gaps\n"
+        f"constexpr bool BY_ROWS = {_flag(lies & {'rows', None})}, BY_COLUMNS = {_flag(lies & {'columns', None})}, APART = {_flag(lies & {'apart', None})};  // weights that lie so\n",
         _text("linear_call.h"),
         _groups_source(found),
         _call_source(captures, num_sizes, len(spec.epilogues), weight_dtypes, loops.unit_source()),
@@ -76,10 +86,17 @@ def emit(spec: Spec, *, x_dtype: torch.dtype, weight_dtypes: Sequence[torch.dtyp
         *epilogues,
         _text("linear_rows.h"),
         _finish_source(found, spec),
-        _text("linear_few.h"),
-        _text("linear_many.h"),
+        *([f"constexpr int STEPS = {sum(1 << n for n in steps)};  // bit R: R rows at a time\n", _text("linear_few.h")] if is_few else []),
+        *([f"constexpr bool BFLOAT16 = {_flag(halves)};  // x and the weights\n", _text("linear_many.h")] if is_many else []),
+        _entry(is_few, is_many, few(k)),
     ]
     return Kernel("linear", "cpp", "\n".join(parts), "linear", rewrite="linear", detail=detail)
+
+
+def few(k: int) -> int:
+    """The number of rows of x [M, k] up to which weights are read where they lie: two always; up to eight, four at a time, where those stay in an
+    L1 cache of 32 KiB beside the weight (at K = 4096 packing was faster from 4 rows on, at K = 1024 from 12)."""
+    return max([2, *(n for n in range(3, FEW + 1) if min(n, 4) * k <= 6144)])
 
 
 def groups(spec: Spec, widths: Sequence[int]) -> list[Group]:
@@ -111,6 +128,23 @@ def _text(name: str) -> str:
     return (_FOLDER / name).read_text()
 
 
+def _flag(x) -> str:
+    return str(bool(x)).lower()
+
+
+def _lies(unit: Sequence[bool] | None) -> str | None:
+    return None if unit is None else "rows" if unit[1] else "columns" if unit[0] else "apart"
+
+
+def _entry(is_few: bool, is_many: bool, most: int) -> str:
+    lines = ['extern "C" void linear(void* const* data, const int64_t* ints, const double* floats) {', "    const Call call = read_call(data, ints, floats);", "    if (call.rows == 0 || TOTAL == 0) return;"]
+    if is_few and is_many:
+        lines += [f"    bool few = call.rows <= {most};", "    for (const Weight& weight : call.weight) few &= weight.column == 1 || weight.row == 1;", "    few ? few_rows(call) : many_rows(call);"]
+    else:
+        lines.append(f"    {'few' if is_few else 'many'}_rows(call);")
+    return "\n".join([*lines, "}", ""])
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -123,8 +157,8 @@ def _detail(spec, x_dtype, weight_dtypes, widths, k):
 
 def _epilogue(loops: Loops, spec: Spec, group: Group, output: int) -> str:
     names = {f"{letter}{w}": f"{letter}[{slot} * {letter}_slot + n]" for slot, w in enumerate(group.weights) for letter in "ap"}
-    head = f"static void epilogue_{output}(const Call& call, int64_t i, const float* a, int64_t a_slot, const float* p, int64_t p_slot, int64_t first, int64_t width, float* to)"
-    return loops.function(head, spec.epilogue_exprs[output], group.width, names)
+    parameters = "const Call& call, int64_t i, const float* a, int64_t a_slot, const float* p, int64_t p_slot, int64_t first, int64_t width, float* to"
+    return loops.function(f"epilogue_{output}", parameters, spec.epilogue_exprs[output], group.width, names)
 
 
 def _groups_source(found: Sequence[Group]) -> str:
@@ -175,7 +209,7 @@ def _finish_source(found: Sequence[Group], spec: Spec) -> str:
         lines += [f"            exchange<{group.block}, {group.half}>(scratch + {s} * p_slot, a + {s} * slot, width);" for s, w in enumerate(group.weights) if w in partners]
         for o in group.outputs:
             lines += ["            {", f"                float* const to = results_at(call.out[{o}], i, first, results);",
-                      f"                call.unit ? epilogue_{o}<true>(call, i, a, slot, scratch, p_slot, first, width, to) : epilogue_{o}<false>(call, i, a, slot, scratch, p_slot, first, width, to);",
+                      f"                epilogue_{o}(call, i, a, slot, scratch, p_slot, first, width, to);",
                       f"                deliver(call.out[{o}], i, first, width, to);", "            }"]
         lines.append("            break;")
     return "\n".join([*lines, "    }", "}", ""])

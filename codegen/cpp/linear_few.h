@@ -25,11 +25,15 @@ static inline void dots(const W* w, const float* y, int64_t y_row, Vector (*tota
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) sums[n % U][r] += v * load_vector(y + r * y_row + k + n * VL);
         }
-    for (; k < K; k += VL) {
-        const int count = int(smaller(VL, K - k));
-        const Vector v = gather_vector(w + k, 1, count);
+    for (; k + VL <= K; k += VL) {
+        const Vector v = load_vector(w + k);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sums[0][r] += v * gather_vector(y + r * y_row + k, 1, count);
+        for (int r = 0; r < R; ++r) sums[0][r] += v * load_vector(y + r * y_row + k);
+    }
+    if constexpr (K % VL != 0) {
+        const Vector v = gather_part(w + k, 1, int(K - k));
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sums[0][r] += v * gather_part(y + r * y_row + k, 1, int(K - k));
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -57,43 +61,56 @@ static __attribute__((noinline)) void dots_of(const W* w, int64_t w_row, int64_t
 }
 
 // The same where the columns of w lie together, `w_column` from one k to the next: a transposed weight, [K, N] in memory.
-template <int R, int V, class W>
-static inline void columns_of(const W* w, int64_t w_column, int count, const float* y, int64_t y_row, float* to, int64_t to_row) {
-    Vector sums[R][V] = {};
-    for (int64_t k = 0; k < K; ++k) {
-        const W* at = w + k * w_column;
-#pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) {
-            __builtin_prefetch(at + 16 * w_column + v * VL, 0, 2);
-            const Vector row = gather_vector(at + v * VL, 1, V > 1 ? VL : count);
+// U of its rows at a time go through all columns and are added to the sums, which stay in the L1 cache: U streams, as the hardware's prefetcher likes them.
+template <int R, int U, class W, class Load>
+INLINE void add_column(const W* w, int64_t w_column, const float* y, int64_t y_row, float* to, int64_t to_row, Load load) {
+    Vector sums[R];
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) sums[r][v] += row * y[r * y_row + k];
-        }
+    for (int r = 0; r < R; ++r) sums[r] = load_vector(to + r * to_row);
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) {
+        __builtin_prefetch(w + (u + U) * w_column, 0, 2);
+        const Vector row = load(w + u * w_column);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sums[r] += row * y[r * y_row + u];
     }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store_vector(to + r * to_row + v * VL, sums[r][v]);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) store_vector(to + r * to_row, sums[r]);
+}
+template <int R, int U, class W>
+INLINE void add_rows(const W* w, int64_t w_column, int64_t columns, const float* y, int64_t y_row, float* to, int64_t to_row) {
+    int64_t c = 0;
+    for (; c + VL <= columns; c += VL) add_column<R, U>(w + c, w_column, y, y_row, to + c, to_row, [](const W* from) { return load_vector(from); });
+    if (c < columns) add_column<R, U>(w + c, w_column, y, y_row, to + c, to_row, [&](const W* from) { return gather_part(from, 1, int(columns - c)); });
 }
 template <int R, class W>
 static __attribute__((noinline)) void transposed_dots_of(const W* w, int64_t w_column, int64_t columns, const float* y, int64_t y_row, float* to, int64_t to_row) {
-    constexpr int V = VL == 16 ? 16 / R : 8 / R, HALF = V > 1 ? V / 2 : 1;  // the more of a row at a time, the better: 14.7 against 10.8 GB/s for 16, 8
-    int64_t c = 0;
-    for (; c + V * VL <= columns; c += V * VL) columns_of<R, V>(w + c, w_column, VL, y, y_row, to + c, to_row);
-    for (; c + HALF * VL <= columns; c += HALF * VL) columns_of<R, HALF>(w + c, w_column, VL, y, y_row, to + c, to_row);
-    for (; c < columns; c += VL) columns_of<R, 1>(w + c, w_column, int(smaller(VL, columns - c)), y, y_row, to + c, to_row);
+    constexpr int U = 8 / R;
+    for (int r = 0; r < R; ++r) std::memset(to + r * to_row, 0, sizeof(float) * round_up(columns, VL));
+    int64_t k = 0;
+    for (; k + U <= K; k += U) add_rows<R, U>(w + k * w_column, w_column, columns, y + k, y_row, to, to_row);
+    for (; k < K; ++k) add_rows<R, 1>(w + k * w_column, w_column, columns, y + k, y_row, to, to_row);
 }
 
+template <int R, class W>
+INLINE bool dot_rows(const W* w, int64_t w_row, int64_t w_column, int64_t columns, const float* y, int64_t y_row, int64_t rows, float* to, int64_t to_row) {
+    if constexpr (STEPS >> R & 1)
+        if (rows >= R) {
+            if (BY_ROWS && (!BY_COLUMNS || w_column == 1)) dots_of<R>(w, w_row, columns, y, y_row, to, to_row);
+            else if (BY_COLUMNS) transposed_dots_of<R>(w, w_column, columns, y, y_row, to, to_row);
+            return true;
+        }
+    return false;
+}
 template <class W>
 INLINE void dot_columns(const W* w, int64_t w_row, int64_t w_column, int64_t columns, const float* y, int64_t y_row, int64_t rows, float* to, int64_t to_row) {
-    for (int64_t r = 0, step; r < rows; r += step) {  // later rows of y find the rows of the weight in the L2 cache
+    for (int64_t r = 0; r < rows;) {  // later rows of y find the rows of the weight in the L2 cache
         const float* from = y + r * y_row;
         float* at = to + r * to_row;
-        step = smaller(4, rows - r);
-        switch (step) {
-            case 1: w_column == 1 ? dots_of<1>(w, w_row, columns, from, y_row, at, to_row) : transposed_dots_of<1>(w, w_column, columns, from, y_row, at, to_row); break;
-            case 2: w_column == 1 ? dots_of<2>(w, w_row, columns, from, y_row, at, to_row) : transposed_dots_of<2>(w, w_column, columns, from, y_row, at, to_row); break;
-            case 3: w_column == 1 ? dots_of<3>(w, w_row, columns, from, y_row, at, to_row) : transposed_dots_of<3>(w, w_column, columns, from, y_row, at, to_row); break;
-            default: w_column == 1 ? dots_of<4>(w, w_row, columns, from, y_row, at, to_row) : transposed_dots_of<4>(w, w_column, columns, from, y_row, at, to_row);
-        }
+        if (dot_rows<4>(w, w_row, w_column, columns, from, y_row, rows - r, at, to_row)) r += 4;
+        else if (dot_rows<3>(w, w_row, w_column, columns, from, y_row, rows - r, at, to_row)) r += 3;
+        else if (dot_rows<2>(w, w_row, w_column, columns, from, y_row, rows - r, at, to_row)) r += 2;
+        else if (dot_rows<1>(w, w_row, w_column, columns, from, y_row, rows - r, at, to_row)) r += 1;
     }
 }
 
@@ -105,19 +122,16 @@ constexpr bool is_paired() {
 }
 constexpr bool PAIRED = is_paired();
 
-// Where weights read in place are the faster way: up to two rows always; up to eight, four at a time, where those stay in an L1 cache of 32 KiB
-// beside the weight (at K = 4096 packing was faster from 4 rows on, at K = 1024 from 12).
-INLINE bool are_few(int64_t rows) { return rows <= 2 || (rows <= FEW && smaller(rows, 4) * K <= 6144); }
-
 static void few_rows(const Call& call) {
     const int threads = TOTAL * K >= PARALLEL_FROM ? omp_get_max_threads() : 1;
     const bool ready = is_ready(call, call.rows == 1);
-    const int64_t rows = call.rows, y_size = ready ? 0 : rows * Y_ROW, scratch_size = (MOST_SLOTS + 1) * round_up(16 * 48 + LONGEST_BLOCK + VL, GRAIN);
+    int64_t times = 1;
+    for (int n = 0; BY_COLUMNS && n < ORDERED; ++n)  // of a transposed weight, wide chunks: long stretches of each k, whose sums stay in the L1 cache
+        if (call.weight[ORDER[n]].column != 1) times = larger_size(TOTAL >= 512 * threads ? 16 : 8, smaller(256, TOTAL / (threads > 1 ? 3 * threads : 1) / 16));
+    const int64_t rows = call.rows, y_size = ready ? 0 : rows * Y_ROW, scratch_size = (MOST_SLOTS + 1) * round_up(larger_size(16, times) * 48 + LONGEST_BLOCK + VL, GRAIN);
     Workspace workspace(rows * TOTAL + threads * (y_size + scratch_size) + 64);
     float *sums = workspace.take(rows * TOTAL), *scratch = workspace.data;
-    int64_t chunks = 0, pieces = 0, times = 1;
-    for (int n = 0; n < ORDERED; ++n)
-        if (call.weight[ORDER[n]].column != 1) times = TOTAL >= 512 * threads ? 16 : 8;  // of a transposed weight, wider chunks: 1 KiB of each k
+    int64_t chunks = 0, pieces = 0;
     for (const Group& group : GROUPS) {
         chunks += group.parts(times * group.chunk());
         pieces += group.parts(group.piece());

@@ -14,7 +14,8 @@ INLINE float square_sum(const float* x, float shift) {
             sums[n] += v * v;
         }
     float total = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    for (; k < K; ++k) total += (x[k] - shift) * (x[k] - shift);
+    if constexpr (K % (4 * VL) != 0)
+        for (; k < K; ++k) total += (x[k] - shift) * (x[k] - shift);
     return total;
 }
 INLINE float plain_sum(const float* x) {
@@ -23,19 +24,23 @@ INLINE float plain_sum(const float* x) {
     for (; k + 4 * VL <= K; k += 4 * VL)
         for (int n = 0; n < 4; ++n) sums[n] += load_vector(x + k + n * VL);
     float total = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    for (; k < K; ++k) total += x[k];
+    if constexpr (K % (4 * VL) != 0)
+        for (; k < K; ++k) total += x[k];
     return total;
 }
+
+INLINE bool has_unit(const Call& call) { return X_UNIT || call.x_column == 1; }
 
 // Row i of x in float32, at `to` unless it lies ready.
 INLINE const float* widened(const Call& call, int64_t i, float* to) {
     const X* from = call.x + i * call.x_row;
     if constexpr (std::is_same_v<X, float>)
-        if (call.x_column == 1) return reinterpret_cast<const float*>(from);
-    if (call.x_column == 1) {
+        if (has_unit(call)) return reinterpret_cast<const float*>(from);
+    if (has_unit(call)) {
         int64_t k = 0;
         for (; k + VL <= K; k += VL) store_vector(to + k, load_vector(from + k));
-        for (; k < K; ++k) to[k] = element(from[k]);
+        if constexpr (K % VL != 0)
+            for (; k < K; ++k) to[k] = element(from[k]);
     } else {
         for (int64_t k = 0; k < K; ++k) to[k] = element(from[k * call.x_column]);
     }
@@ -50,14 +55,14 @@ static void make_row(const Call& call, int64_t i, float* to) {
     } else {
         float u = 0.0f, r = 0.0f;
         if constexpr (NORM == 2) u = plain_sum(x) / float(K);
-        if constexpr (NORM != 0) r = 1.0f / std::sqrt(square_sum(x, u) / float(K) + call.eps);
-        call.unit ? prologue<true>(call, i, x, u, r, to, 0, K) : prologue<false>(call, i, x, u, r, to, 0, K);
+        if constexpr (NORM != 0) r = 1.0f / __builtin_sqrtf(square_sum(x, u) / float(K) + call.eps);
+        prologue(call, i, x, u, r, to, 0, K);
     }
 }
 
 // May the products read x itself as y? A stride of whole pages is copied, see Y_ROW.
 INLINE bool is_ready(const Call& call, bool one_row) {
-    if constexpr (IDENTITY && std::is_same_v<X, float>) return call.x_column == 1 && (one_row || call.x_row % 256 != 0);
+    if constexpr (IDENTITY && std::is_same_v<X, float>) return has_unit(call) && (one_row || call.x_row % 256 != 0);
     return false;
 }
 
@@ -83,14 +88,15 @@ INLINE void exchange(float* __restrict to, const float* from, int64_t width) {
 // Where the results of row i go from column `first` on: the output itself, or a buffer that `deliver` rounds from.
 INLINE float* results_at(const Out& out, int64_t i, int64_t first, float* buffer) {
     if constexpr (std::is_same_v<X, float>)
-        if (out.column == 1) return reinterpret_cast<float*>(out.data) + i * out.row + first;
+        if (OUT_UNIT || out.column == 1) return reinterpret_cast<float*>(out.data) + i * out.row + first;
     return buffer;
 }
 INLINE void deliver(const Out& out, int64_t i, int64_t first, int64_t width, const float* results) {
+    if constexpr (OUT_UNIT && std::is_same_v<X, float>) return;
     X* to = out.data + i * out.row + first * out.column;
     if (static_cast<const void*>(to) == results) return;
     int64_t j = 0;
-    if (out.column == 1)
+    if (OUT_UNIT || out.column == 1)
         for (; j + VL <= width; j += VL) write_vector(to + j, load_vector(results + j));
     for (; j < width; ++j) store_element(to + j * out.column, results[j]);
 }

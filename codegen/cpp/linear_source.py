@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import sympy
 from sympy import Integer, Symbol
@@ -32,15 +33,29 @@ class Loops:
 
     captures: Captures
     num_sizes: int
+    known: Sequence[Sequence[bool]] | None = None  # for every capture, which dims have stride 1; None: found out at the call
     unit: set = dataclasses.field(default_factory=set)
 
-    def function(self, head: str, expr, columns: int, names: dict[str, str]) -> str:
-        """``head`` { ... }: writes the expression of each of the columns [first, first + width) to ``to``; ``columns`` there are in all.
+    def function(self, name: str, parameters: str, expr, columns: int, names: dict[str, str]) -> str:
+        """``void name(parameters)``: writes the expression of each of the columns [first, first + width) to ``to``; ``columns`` there are in all.
 
-        names: what is read at every column -> C++ text, in which ``n`` counts from ``first``.
+        names: what is read at every column -> C++ text, in which ``n`` counts from ``first``. Where strides are not known ahead, loops are made
+        twice: for captures that all lie as the loops read them, and for any.
         """
+        asked = set(self.unit)
+        self.unit.clear()
+        body = self._body(expr, columns, names)
+        twofold = bool(self.unit)
+        self.unit |= asked
+        if not twofold:
+            return "\n".join([f"static void {name}({parameters}) {{", *body, "}", ""])
+        arguments = ", ".join(p.split()[-1].lstrip("*&") for p in parameters.split(","))
+        return "\n".join(["template <bool unit>", f"static void {name}_by({parameters}) {{", *body, "}",
+                          f"static void {name}({parameters}) {{ call.unit ? {name}_by<true>({arguments}) : {name}_by<false>({arguments}); }}", ""])
+
+    def _body(self, expr, columns, names) -> list[str]:
         period, pieces = cut(expr, columns)
-        lines = ["template <bool unit>", head + " {", *(f"    const int64_t n{k} = call.n{k};" for k in range(self.num_sizes) if expr.has(sc.size_symbol(k))),
+        lines = [*(f"    const int64_t n{k} = call.n{k};" for k in range(self.num_sizes) if expr.has(sc.size_symbol(k))),
                  f"    for (int64_t start = first / {period} * {period}; start < first + width; start += {period}) {{"]
         if any(piece.has(BASE) for *_, piece in pieces):
             lines.append(f"        const int64_t base = start / {period};")
@@ -50,7 +65,7 @@ class Loops:
                       "#pragma omp simd", "            for (int32_t t = int32_t(begin); t < int32_t(end); ++t) {", "                const int64_t n = start - first + t;"]
             lines += [f"                const float {name} = {source};" for name, source in names.items() if name in used]
             lines += [f"                to[n] = {printer.real(piece)};", "            }"]
-        return "\n".join([*lines, "    }", "}", ""])
+        return [*lines, "    }"]
 
     def _printer(self, ranges: dict) -> CppPrinter:
         printer = self.captures.printer()
@@ -73,8 +88,9 @@ class Loops:
             return f"at({printer(index)}, {size}) * {stride}"
         # A position that never counts from the end: in range wherever the definition reads.
         if index.has(STEP) and not sympy.expand(index - STEP).has(STEP):
-            self.unit.add((k, d))
-            stride = f"(unit ? 1 : {stride})"
+            if self.known is None:
+                self.unit.add((k, d))
+            stride = f"(unit ? 1 : {stride})" if self.known is None else "1" if self.known[k][d] else stride
         return f"int64_t({printer(index)}) * {stride}"
 
     def unit_source(self) -> str:

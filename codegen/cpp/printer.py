@@ -121,7 +121,7 @@ class CppPrinter(Printer):
             return f"{halves[exponent]}({self.real(x)})", ATOM
         if exponent == int(exponent) and 0 < exponent <= 64:
             return f"integer_power<{int(exponent)}>({self.real(x)})", ATOM
-        return f"std::pow({self.real(x)}, {self.float(exponent)})", ATOM  # a libm call: right, but the loop stays scalar
+        return f"__builtin_pow{_PRECISE[self.real_type][1]}({self.real(x)}, {self.float(exponent)})", ATOM  # a libm call: right, but the loop stays scalar
 
     def magnitude(self, e) -> int:
         """A bound of |e| for an integer expression, with every size and position below SIZE_LIMIT."""

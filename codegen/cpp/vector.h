@@ -1,11 +1,9 @@
 // Vectors of floats by GCC's and clang's vector extensions, 16-bit floats, and the exponential of the softmax.
-// Two instructions are written out: immintrin.h would take a quarter of the time to compile a kernel.
-#include <cmath>
+// Two instructions are written out: immintrin.h would take a quarter of the time to compile a kernel, and <cmath> 0.13 s (builtins do what it has).
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <numeric>
 #include <new>
 #include <type_traits>
 #include <utility>
