@@ -26,12 +26,8 @@ from ..compiler.ir.views import VIEWS
 aten = torch.ops.aten
 #: op -> kind; over dims args[1], kept if args[2]
 REDUCTIONS = {aten.sum.dim_IntList: "sum", aten.mean.dim: "sum", aten.amax.default: "max", aten.amin.default: "min", aten.sum.default: "sum", aten.mean.default: "sum"}
-#: rows of the lifting table that compute or place values; contractions stay calls
-PLACING = {aten.cat.default, aten.full.default, aten.full_like.default, aten.new_full.default, aten.scalar_tensor.default, aten.arange.default, aten.arange.start, aten.arange.start_step, aten.ones.default, aten.zeros.default,
-           aten.ones_like.default, aten.zeros_like.default, aten.new_zeros.default, aten.new_ones.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default,
-           aten.silu.default, aten.gelu.default, aten._to_copy.default, aten.to.dtype, aten.tril.default, aten.triu.default, aten.embedding.default, aten.index_select.default, aten.index.Tensor,
-           aten.select_scatter.default, aten.slice_scatter.default, aten.silu_backward.default, aten.gelu_backward.default, aten.threshold_backward.default, aten.tanh_backward.default,
-           aten.sigmoid_backward.default, aten.div.Tensor_mode, aten.div.Scalar_mode}
+#: rows of the lifting table that stay calls: products of matrices (the library's), running sums (of a constant alone), dropout
+STAY = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.addmm.default, aten.baddbmm.default, aten.einsum.default, aten.cumsum.default, aten.dropout.default}
 COPIES = {aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _EXPENSIVE = {aten.exp.default, aten.exp2.default, aten.log.default, aten.tanh.default, aten.sigmoid.default, aten.sin.default, aten.cos.default, aten.erf.default, aten.silu.default, aten.gelu.default, aten.pow.Tensor_Scalar,
@@ -50,7 +46,7 @@ def computes(node: Node, device: str) -> bool:
     known = value(node)
     if known.device.type != device or known.dtype not in DTYPES or type(known).__name__ != "FakeTensor" or known.layout != torch.strided:
         return False
-    if not (node.target in POINTWISE or node.target in PLACING or node.target in COPIES or node.target in REDUCTIONS or node.target in (aten.repeat.default, aten.flip.default)):
+    if not (node.target in POINTWISE or node.target in ROWS or node.target in REDUCTIONS) or node.target in STAY:
         return False
     if node.target in REDUCTIONS and not known.dtype.is_floating_point:
         return False
