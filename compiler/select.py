@@ -217,7 +217,7 @@ def _region_kernel(target: str, body: Body) -> Kernel:
 
 
 def _hashable(x):
-    return tuple(x) if isinstance(x, list) else x
+    return tuple(map(_hashable, x)) if isinstance(x, list) else x
 
 
 def _has_triton() -> bool:
