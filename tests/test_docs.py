@@ -38,13 +38,19 @@ OTHERS = {"tileweld kernels hf:llama --arch sm_90 --dtype float16", "make demo",
 @pytest.mark.parametrize("path", [p for p in FILES if blocks(p, "python")], ids=lambda p: p.name)
 def test_python_blocks_run_in_order(path, monkeypatch):
     from tileweld import passes
+    from tileweld.compiler.ir.lift import POINTWISE
 
-    monkeypatch.setattr(passes, "PIPELINE", passes.PIPELINE)  # adding-a-fusion.md adds to it
+    monkeypatch.setattr(passes, "PIPELINE", passes.PIPELINE)  # adding-a-fusion.md adds to it, and to the lifting table
+    before = dict(POINTWISE)
     names = {"__name__": "docs"}
-    for line, text in blocks(path, "python"):
-        code = "\n" * line + text  # so that a traceback shows the line of the document
-        with contextlib.redirect_stdout(io.StringIO()):
-            exec(compile(code, str(path), "exec"), names)
+    try:
+        for line, text in blocks(path, "python"):
+            code = "\n" * line + text  # so that a traceback shows the line of the document
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(compile(code, str(path), "exec"), names)
+    finally:
+        for op in POINTWISE.keys() - before.keys():
+            del POINTWISE[op]
 
 
 @pytest.mark.parametrize(("path", "line", "command", "expected"), COMMANDS, ids=[f"{p.name}:{line} {c}" for p, line, c, _ in COMMANDS])
@@ -100,11 +106,24 @@ def test_the_options_of_the_documents_are_those_of_the_table():
     assert made["table"]() in readme
 
 
+def test_every_fusion_of_the_pipeline_is_in_the_table():
+    from tileweld import passes
+
+    made = runpy.run_path(str(ROOT / "docs" / "make_fusions.py"))
+    page = (ROOT / "docs" / "fusions.md").read_text()
+    assert page == made["page"](), "run python docs/make_fusions.py"
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| [")]
+    assert [row[0] for row in rows] == [f"| [{p.__name__.rsplit('.', 1)[-1]}](../passes/{p.__name__.rsplit('.', 1)[-1]}.py)" for p in passes.PIPELINE]
+    assert all(len(row) == 3 and min(map(len, row)) > 10 for row in rows)
+
+
 def test_every_reason_of_a_refusal_is_explained():
     """A reason that a pass can give stands in refusals.md, at least by its first words."""
     page = " ".join((ROOT / "docs" / "refusals.md").read_text().split())
     for words in ("used outside the core", "dropout of", "stands between the softmax and v", "softmax runs over", "mixes batch, heads and positions",
-                  "in a way that is no sum", "without its maximum subtracted", "a symbolic head dim", "drops its dim", "computes x*x in float16"):
+                  "in a way that is no sum", "without its maximum subtracted", "a symbolic head dim", "drops its dim", "computes x*x in float16",
+                  "gate and up are matmuls of different tensors", "to their product has no scalar expression", "the matmul stays as it is", "an input of the fused matmul is computed from one of its results",
+                  "changes the gradient or autocast mode", "the norm's result is also needed elsewhere", "matmuls at different places read the norm's result", "eps is a tensor", "torch's matmul and the rest apart are faster here"):
         assert words in page, words
         sources = [p for folder in ("passes", "compiler") for p in (ROOT / folder).rglob("*.py")]
         assert any(words in p.read_text() or words in " ".join(p.read_text().split()) for p in sources) or words == "mixes batch, heads and positions", f"no pass says {words!r} any more"
