@@ -20,8 +20,8 @@ from ..runtime.source_module import load_python_source
 from .assemble import assemble
 from .constants import fold_constants
 from .degrade import degrade
-from .errors import BuildError, CompilerNotFound
-from .ir.graph import is_tensor, value
+from .errors import BuildError, CompilerNotFound, UnsupportedError
+from .ir.graph import is_tensor, source_of, value
 from .ir.lowered import Launch
 from .options import Options
 from .pays import losers
@@ -53,6 +53,11 @@ def lower(gm: GraphModule, options: Options, report: Report, number: int, cuda_g
         refusal = put(placer, choice, launchers)
         if refusal:
             name, reason = "reference", refusal
+        if name == "reference" and choice.op != "region" and options.target != "reference" and (choice.kernel is None or refusal):
+            error = UnsupportedError(f"{choice.op} runs on its definition: {reason}", cure="another dtype or shape; target 'reference' asks for it")
+            if options.strict:
+                raise error
+            degrade(report, error.what, source_of(choice.node) if choice.node is not None else "", "it is right, and no faster than eager; options={'strict': True} makes it an error")
         report.kernels.append(KernelUse(choice.op, name, reason, number))
     gm.graph.eliminate_dead_code()
     gm.recompile()

@@ -83,3 +83,19 @@ def test_words_that_dynamo_changes_still_give_a_warning():
 def test_a_degradation_needs_no_report():
     (warning,) = said(lambda: [degrade.degrade(None, "slow", "m.py:1", "hurry") for _ in range(3)])
     assert (warning.what, warning.where, warning.cure) == ("slow", "m.py:1", "hurry")
+
+
+def test_a_fused_op_without_a_kernel_is_said_and_raises_when_strict():
+    """float64 has no kernels: the ops run on their definition."""
+    from tileweld.compiler.errors import UnsupportedError
+
+    model, x = torch.nn.Sequential(torch.nn.RMSNorm(16, eps=1e-6), torch.nn.Linear(16, 16), torch.nn.SiLU()).double(), torch.randn(3, 16, dtype=torch.float64)
+    report = Report()
+    with torch.no_grad():
+        result = torch.compile(model, backend=functools.partial(backend, report=report))(x)
+        torch.testing.assert_close(result, model(x))
+        assert any("linear runs on its definition: float64 has no kernel" in w for w in report.warnings)
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="linear runs on its definition") as raised:
+            torch.compile(model, backend="tileweld", options={"strict": True})(x)
+    assert isinstance(raised.value, UnsupportedError) or isinstance(raised.value.__cause__, UnsupportedError) or "UnsupportedError" in str(raised.value)
