@@ -14,10 +14,14 @@ _LAZY = {
     "DegradedWarning": ".compiler.degrade",
 }
 
-__all__ = ["__version__", *_LAZY]
+_PACKAGES = ("convert",)  # subpackages for users, reached as attributes without importing them first
+
+__all__ = ["__version__", *_LAZY, *_PACKAGES]
 
 
 def __getattr__(name: str):
+    if name in _PACKAGES:
+        return import_module(f".{name}", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module 'tileweld' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(import_module(_LAZY[name], __name__), name)

@@ -99,6 +99,10 @@ class RefusalError(TileweldError):
         self.rewrite = rewrite
 
 
+class ConversionError(TileweldError, ValueError):
+    """tileweld.convert cannot rewrite this model, or not with these arguments. `where` is the layer; the model is as it was."""
+
+
 class ScalarSyntaxError(TileweldError):
     """Text that is no expression of the scalar language. `position` counts characters of `text` from 0."""
 

@@ -1,0 +1,115 @@
+"""Try out, on a copy of an attention module in float64, which changes of its weights leave its output as it was.
+
+A module says nothing of its rotary layout, a cap, a gate or a norm between its projections. Each has a signature: the gauge (merge.py)
+under which the output stays. So random members of it are applied, and the module is run on what it saw in the model.
+"""
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..compiler.errors import ConversionError
+from .merge import Heads, as_pairs, from_pairs
+from .sites import Site, read, write
+
+# Modules with an fp32 softmax or rotary table inside agree to 1e-6; a wrong gauge changes the output by 0.1 and more.
+_SAME = 1e-3
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments an attention module was called with, and the input of its key projection [..., D]."""
+
+    args: tuple
+    kwargs: dict
+    x: Tensor
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """pairs [P, 2] of head dimensions that rotate together, None without rotary; permutes: KV heads may change places."""
+
+    pairs: Tensor | None
+    permutes: bool
+
+
+def isolated(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in `dtype` that no hook watches, for inference."""
+    twin = copy.deepcopy(module).to(dtype).eval().requires_grad_(False)
+    for m in twin.modules():
+        for hooks in (m._forward_hooks, m._forward_pre_hooks, m._forward_hooks_with_kwargs, m._forward_pre_hooks_with_kwargs):
+            hooks.clear()
+    return twin
+
+
+def cast(tree: object, dtype: torch.dtype) -> object:
+    """Every floating tensor in `dtype`."""
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, tree)
+
+
+def first_tensor(output: object) -> Tensor:
+    return output if isinstance(output, Tensor) else next(x for x in output if isinstance(x, Tensor))
+
+
+def find_gauge(site: Site, call: Call) -> Gauge:
+    """Raises ConversionError, naming the layer, if values or keys have no gauge known here."""
+    twin, chance = isolated(site.module, torch.float64), torch.Generator().manual_seed(0)
+    args, kwargs = cast(call.args, torch.float64), cast(call.kwargs, torch.float64)
+    base = _sharpened(read(site, twin), call.x)
+    run = lambda heads: (write(site, twin, heads), first_tensor(twin(*args, **kwargs)))[1]
+    expected = run(base)
+
+    def same(heads: Heads) -> bool:
+        return bool(torch.linalg.vector_norm(run(heads) - expected) <= _SAME * torch.linalg.vector_norm(expected))
+
+    def turns(*shape: int) -> Tensor:
+        """Random matrices with singular values in 0.5..2: invertible, and no rotation."""
+        u, _, vh = torch.linalg.svd(torch.randn(shape, generator=chance, dtype=torch.float64).to(base.q.device))
+        return u * torch.empty(shape[:-1], dtype=torch.float64).uniform_(0.5, 2, generator=chance).to(u.device)[..., None, :] @ vh
+
+    def over_queries(x: Tensor) -> Tensor:
+        return x.repeat_interleave(base.n_rep, 0)
+
+    a = turns(site.kv_heads, site.dv, site.dv)
+    if not same(replace(base, v=a @ base.v, o=base.o @ over_queries(a.inverse()))):
+        raise ConversionError("another basis of the values changes its output: a norm, cap or gate stands between values and output, or query head h does not read KV head "
+                              f"h // {site.heads // site.kv_heads}", where=site.name, cure="such attention is not converted")
+    a = turns(site.kv_heads, site.d, site.d)
+    candidates = [None, *_layouts(site.d, base.q.device)]
+    for pairs in candidates:
+        if pairs is None:
+            k, q = a @ base.k, over_queries(a.inverse().mT) @ base.q
+        else:
+            c = torch.polar(torch.empty(site.kv_heads, len(pairs), 1, dtype=torch.float64).uniform_(0.5, 2, generator=chance),
+                            torch.empty(site.kv_heads, len(pairs), 1, dtype=torch.float64).uniform_(-3, 3, generator=chance)).to(base.q.device)
+            k, q = from_pairs(as_pairs(base.k, pairs) * c, pairs), from_pairs(as_pairs(base.q, pairs) / over_queries(c).conj(), pairs)
+        if same(replace(base, k=k, q=q)):
+            break
+    else:
+        raise ConversionError("rescaled keys with queries scaled back change its output: QK-norm, clipped projections, shared KV, or a rotary embedding over part of a head",
+                              where=site.name, cure="no embedding, and rotary of whole heads (halves or neighbours as pairs), are converted")
+    order = torch.arange(site.kv_heads).roll(1).tolist()
+    moved = lambda x: base.of_kv(x)[order].flatten(0, 1)
+    permutes = same(replace(base, k=base.k[order], v=base.v[order], q=moved(base.q), o=moved(base.o)))
+    return Gauge(pairs, permutes)
+
+
+def _layouts(d: int, device: torch.device) -> list[Tensor]:
+    """Pairs (i, i + d/2), as Llama in transformers; (2i, 2i + 1), as GPT-J and Llama's own code."""
+    if d % 2:
+        return []
+    i = torch.arange(d, device=device)
+    return [i.view(2, -1).T, i.view(-1, 2)]
+
+
+def _sharpened(heads: Heads, x: Tensor) -> Heads:
+    """Queries and keys scaled to numbers of order 1, so that scores spread by about 2: a model not trained yet has scores near 0,
+    a uniform softmax, and would look as if it had every symmetry."""
+    x = x.double().flatten(0, -2)
+    x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+    scale = lambda w: w * (1.4 / (w @ x.T).square().mean().sqrt().clamp_min(1e-30))
+    return replace(heads, q=scale(heads.q), k=scale(heads.k))
