@@ -58,7 +58,8 @@ class Workload:
 WORKLOADS = [
     *(Workload("plain", 1, K, (N,)) for K, N in ((1024, 4096), (4096, 1024), (576, 1536), (2048, 2048))),
     Workload("plain", 1, 2048, (2048,), torch.bfloat16),
-    Workload("transposed", 1, 768, (2304,)),
+    Workload("plain", 1, 2048, (2048,), torch.float16),
+    *(Workload("transposed", 1, K, (N,)) for K, N in ((768, 2304), (3072, 768))),
     *(Workload("plain", M, 1024, (4096,)) for M in (2, 4, 8)),
     Workload("norm, gated", 1, 1024, (4096, 4096)),
     Workload("norm, q k v, rotary", 1, 576, (576, 192, 192)),
@@ -71,7 +72,8 @@ WORKLOADS = [
     Workload("residual", 1024, 2048, (768,)),
     Workload("norm, gated", 512, 576, (1536, 1536)),
     Workload("residual", 512, 1536, (576,)),
-    Workload("residual", 512, 1536, (576,), torch.bfloat16),
+    *(Workload("residual", 512, 1536, (576,), dtype) for dtype in (torch.bfloat16, torch.float16)),
+    *(Workload("norm, gated", 512, 1024, (2048, 2048), dtype) for dtype in (torch.bfloat16, torch.float16)),
 ]
 
 
@@ -115,8 +117,6 @@ def measure(contenders: dict, rounds: int, clock) -> dict:
 def run(workload: Workload, rounds: int, clock, read_all) -> str:
     M, K, N, dtype = workload.M, workload.K, workload.N, workload.dtype
     spec_arguments, captures, eager = parts_of(workload)
-    kernel = emit(spec_of(captures, *spec_arguments), x_dtype=dtype, weight_dtypes=[dtype] * len(N), capture_dtypes=[c.dtype for c in captures], capture_ranks=[c.dim() for c in captures], widths=N, k=K)
-    launch = CppLauncher(compile_cpp([CppUnit(kernel.name, kernel.source)])[0], kernel.entry)
     size = sum(N) * K * dtype.itemsize
     few = M <= 8
     copies = max(1, SWEEP // size) if few else 1
@@ -127,6 +127,10 @@ def run(workload: Workload, rounds: int, clock, read_all) -> str:
         weights = [list(one.T.split(N)) for one in memory]
     x = torch.randn(M, K).to(dtype)
     outs = [torch.empty(M, n, dtype=dtype) for n in (N[:1] if "gated" in workload.kind else N)]
+    unit = [[stride == 1 for stride in t.stride()] for t in (*outs, x, *weights[0], *captures)]
+    kernel = emit(spec_of(captures, *spec_arguments), x_dtype=dtype, weight_dtypes=[dtype] * len(N), capture_dtypes=[c.dtype for c in captures], capture_ranks=[c.dim() for c in captures], widths=N, k=K,
+                  rows=M, unit=unit)
+    launch = CppLauncher(compile_cpp([CppUnit(kernel.name, kernel.source)])[0], kernel.entry)
 
     def tileweld():
         for w in weights:

@@ -25,20 +25,20 @@ constexpr int BLOCK_ROWS = VL == 16 ? 12 : 6;   // its rows: 24 sums of AVX-512'
 constexpr int64_t PACKED = int64_t(1) << 17;    // floats of a packed strip: 512 KiB, half of an L2 cache
 constexpr int64_t Y_FLOATS = int64_t(1) << 22;  // 16 MiB of y at a time; at least 512 rows, for which a strip is packed once
 
-// A lane in all lanes; sum + x y.
+// A lane in all lanes; sum + x y (by value: sums whose address an asm takes would live in memory).
 INLINE Vector spread(const float* p) {
     uint32_t bits;
     std::memcpy(&bits, p, sizeof(bits));
     return bit_cast<Vector>(bits - BitVector{});
 }
-INLINE void add_product(Vector& sum, Vector x, Vector y) {
+INLINE Vector add_product(Vector sum, Vector x, Vector y) {
 #if defined(__AVX512BF16__)
     if constexpr (HALVES) {
         asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
-        return;
+        return sum;
     }
 #endif
-    sum += x * y;
+    return sum + x * y;
 }
 
 // to[r][j] (+)= sum over k of y[r][k] panel[k][j], for R rows and V vectors of columns
@@ -58,7 +58,7 @@ static __attribute__((noinline)) void multiply(const float* y, int64_t y_row, co
         for (int r = 0; r < R; ++r) {
             const Vector x = spread(y + r * y_row + k);
 #pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) add_product(sums[r][v], x, columns[v]);
+            for (int v = 0; v < V; ++v) sums[r][v] = add_product(sums[r][v], x, columns[v]);
         }
     }
 #pragma GCC unroll 12
