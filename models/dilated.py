@@ -5,7 +5,6 @@ Sources: Longformer, arXiv 2004.05150, section 3.1; Sparse Transformers, arXiv 1
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 CAUSAL_INPUT = 0

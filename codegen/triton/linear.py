@@ -141,7 +141,6 @@ def emit(spec: Spec, *, x_dtype: torch.dtype, weight_dtypes: Sequence[torch.dtyp
     kernels = text.kernels()
     outputs = len(spec.epilogues)
     types = _types(text, x_dtype, weight_dtypes, capture_dtypes, capture_ranks)
-    x = "x if FUSED else y" if text.has_prologue and text.fusable else "y" if text.has_prologue else "x"
     prepare = [f"y = {'x if FUSED else ' if text.fusable else ''}torch.empty((M, K), dtype=x.dtype, device=x.device)", *(["if not FUSED:"] if text.fusable else []),
                f"{'    ' if text.fusable else ''}prepare_kernel[(M,)]({_call(text, 'prepare_kernel')}, num_warps=4, enable_fp_fusion=True)",
                "x = y"] if text.has_prologue else []

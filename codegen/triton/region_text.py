@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import sympy
-from sympy import Integer
 
 from ...compiler.ir import scalar as sc
 from ...compiler.ir.printer import ATOM
