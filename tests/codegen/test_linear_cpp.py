@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tileweld.codegen.cpp.linear import FEW, emit, groups
+from tileweld.codegen.cpp.linear import FEW, emit, few, groups
 from tileweld.codegen.cpp.linear_source import STEP, cut
 from tileweld.compiler.errors import UnsupportedError
 from tileweld.compiler.ir import scalar as sc
@@ -52,10 +52,10 @@ class Case:
     def weights(self):
         return [(torch.randn(n, self.K) / max(self.K, 1) ** 0.5).to(self.weight_dtype or self.dtype) for n in self.N]
 
-    def kernel(self):
+    def kernel(self, **known):
         captures = self.captured(2)
         return emit(self.spec(), x_dtype=self.dtype, weight_dtypes=[self.weight_dtype or self.dtype] * len(self.N), capture_dtypes=[c.dtype for c in captures],
-                    capture_ranks=[c.dim() for c in captures], widths=self.N, k=self.K, num_sizes=len(self.sizes))
+                    capture_ranks=[c.dim() for c in captures], widths=self.N, k=self.K, num_sizes=len(self.sizes), **known)
 
 
 CASES = {
@@ -105,10 +105,10 @@ def expected(spec, x, weights, captures, sizes, eps=1e-5):
     return reference(x.double(), [w.double() for w in weights], wide, sizes, eps, spec)
 
 
-def compare(name, x, weights, captures):
+def compare(name, x, weights, captures, launch=None):
     case = CASES[name]
     spec = case.spec()
-    actual, exact = outputs(launches()[name], spec, x, weights, captures, case.sizes), expected(spec, x, weights, captures, case.sizes)
+    actual, exact = outputs(launch or launches()[name], spec, x, weights, captures, case.sizes), expected(spec, x, weights, captures, case.sizes)
     parts = expanded(x, weights, captures, case.sizes, case.norm, 1e-5, case.prologue, case.epilogues, [n for pair in spec.pairs for n in pair]) if case.dtype != F32 and case.weight_dtype is None else None
     for o, (a, e) in enumerate(zip(actual, exact)):
         assert a.dtype == x.dtype and a.shape == e.shape
@@ -167,6 +167,59 @@ def test_rows_that_hold_nan_and_infinity_keep_to_themselves(M):
     for name in ("plain", "rms norm", "layer norm", "gated", "no K"):
         case = CASES[name]
         compare(name, x[:, : case.K], case.weights()[:], case.captured(M))
+
+
+KNOWN = {"plain": (1, 2, 9), "whole vectors": (1, 3, 30), "layer norm": (1, 30), "gated after a norm": (5, 12), "q k v": (1, 30), "interleaved": (1, 30), "partial": (6, 30), "integers": (7, 30), "wide": (1, 8, 17),
+         "no K": (1, 30), "one column": (1, 30), "long": (1, 3), "bfloat16": (1, 30), "float16": (1, 30), "float32 weights of bfloat16 rows": (1, 30)}
+LAID = {"in rows": lambda t: t, "in columns": lambda t: t.T.contiguous().T, "apart": lambda t: torch.stack([t, t], -1)[..., 0]}
+
+
+@functools.cache
+def known_launches():
+    """Kernels for one number of rows and one layout of the weights each; captures of two dims lie as the weights do."""
+    wanted = [(name, M, how) for name, sizes in KNOWN.items() for M in sizes for how in (LAID if name in ("plain", "q k v", "bfloat16") else ("in rows", "in columns"))]
+    kernels = []
+    for name, M, how in wanted:
+        case = CASES[name]
+        tensors = [*(torch.empty(M, n) for n in widths(case.spec(), case.weights())), torch.empty(M, case.K), *map(LAID[how], case.weights()), *(LAID[how](c) if c.dim() == 2 else c for c in case.captured(M))]
+        kernels.append(case.kernel(rows=M, unit=[[stride == 1 for stride in t.stride()] for t in tensors]))
+    libraries = compile_cpp([CppUnit(k.name, k.source) for k in kernels])
+    return {key: (CppLauncher(library, "linear"), kernel.source) for key, library, kernel in zip(wanted, libraries, kernels)}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_kernels_for_known_rows_and_strides(name):
+    case = CASES[name]
+    for (other, M, how), (launch, _) in known_launches().items():
+        if other == name:
+            compare(name, torch.randn(M, case.K).to(case.dtype), list(map(LAID[how], case.weights())), [LAID[how](c) if c.dim() == 2 else c for c in case.captured(M)], launch)
+
+
+def test_a_kernel_for_known_rows_holds_one_way_and_many_rows_share_it():
+    unit, K = [[False, True]] * 3, CASES["plain"].K
+    sources = {M: CASES["plain"].kernel(rows=M, unit=unit).source for M in (1, few(K), few(K) + 1, 100)}
+    assert all(("few_rows(call);" in source, "many_rows(call);" in source) == (M <= few(K), M > few(K)) for M, source in sources.items())
+    assert sources[few(K) + 1] == sources[100] and len(sources[100]) < len(CASES["plain"].kernel().source)
+
+
+def test_captures_without_unit_stride_leave_the_others_theirs():
+    case = Case(("a0 + c0[i, j] + c1[i, j]",), captures=(floats("M", "N"), floats("M", "N")))
+    source = case.kernel(rows=2, unit=[[False, True]] * 3 + [[True, False], [False, True]]).source
+    assert "* call.c0_stride[1]" in source and "* call.c1_stride[1]" not in source and "template <bool unit>" not in source
+
+
+def test_bfloat16_products_over_long_rows_round_no_more_than_eager():
+    """Pairs of bfloat16 along K, where the processor has them; odd K, K in parts, rows of x that are read in place, and infinities."""
+    for K, N, M in ((2049, 70, 25), (4096, 300, 40), (130, 64, 13)):
+        kernel = emit(Spec(), x_dtype=BF16, weight_dtypes=[BF16], widths=[N], k=K, rows=M, unit=[[False, True]] * 3)
+        launch = CppLauncher(compile_cpp([CppUnit("linear", kernel.source)])[0], "linear")
+        for stride in (K, K + 6, K + 1):
+            x, w = torch.randn(M, stride).to(BF16)[:, :K], (torch.randn(N, K) / K**0.5).to(BF16)
+            x[3, 5], x[4, 6] = float("inf"), float("nan")
+            out, exact, eager = outputs(launch, Spec(), x, [w], [], ())[0], x.double() @ w.double().T, x @ w.T
+            rest = [m for m in range(M) if m not in (3, 4)]
+            assert (out[rest].double() - exact[rest]).abs().max() <= 2 * (eager[rest].double() - exact[rest]).abs().max()
+            assert torch.equal(out[3].double(), exact[3]) and out[4].isnan().all()
 
 
 def test_large_values_of_float16_do_not_overflow_on_the_way():
