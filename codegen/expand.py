@@ -78,10 +78,12 @@ def var_mean(x: Tensor, dim=None, *, correction=None, keepdim: bool = False):
     count = 1
     for d in dims:
         count = count * x.shape[d]
-    mean = x.mean(dims, keepdim=True)
-    centred = x - mean
+    wide = _wide(x)
+    mean = wide.mean(dims, keepdim=True)
+    centred = wide - mean
     total = (centred * centred).sum(dims, keepdim=keepdim)
-    return total / (count - (1 if correction is None else correction)), mean if keepdim else mean.reshape(total.shape)
+    count = torch.sym_max(count - (1 if correction is None else correction), 0)  # none left: a division by zero, as torch's
+    return (total / count).to(x.dtype), (mean if keepdim else mean.reshape(total.shape)).to(x.dtype)
 
 
 def var(x: Tensor, dim=None, *, correction=None, keepdim: bool = False) -> Tensor:
@@ -102,8 +104,8 @@ def expand(gm: GraphModule, whole: frozenset = frozenset(), apart: Collection[st
 
 
 def _is_float(node) -> bool:
-    """float32 and below: kernels compute in float32."""
-    return all(value(a).dtype != torch.float64 for a in node.all_input_nodes if is_tensor(a))
+    """Real, float32 and below: kernels compute in float32; and not empty: the largest of no elements is an error."""
+    return all(value(a).dtype != torch.float64 and not value(a).dtype.is_complex and 0 not in value(a).shape for a in node.all_input_nodes if is_tensor(a))
 
 
 def _inline(gm: GraphModule, node: Node, function, traced: dict) -> None:
@@ -113,7 +115,7 @@ def _inline(gm: GraphModule, node: Node, function, traced: dict) -> None:
     if key not in traced:
         traced[key] = _trace(function, leaves, spec, nodes)
     sub = traced[key]
-    if sub is None:
+    if sub is None or not _fits(node, sub):
         return
     with gm.graph.inserting_before(node):
         replaced = dict(zip(sub.graph.find_nodes(op="placeholder"), nodes))
@@ -137,7 +139,9 @@ def _inline(gm: GraphModule, node: Node, function, traced: dict) -> None:
         for user in list(node.users):
             if user.target is not operator.getitem:
                 return
-            user.replace_all_uses_with(result[user.args[1]])
+            with gm.graph.inserting_before(user):
+                part = result[user.args[1]]
+                user.replace_all_uses_with(_laid_out_as(gm, user, part) if isinstance(part, Node) else part)
             gm.graph.erase_node(user)
     gm.graph.erase_node(node)
 
@@ -149,6 +153,13 @@ def _laid_out_as(gm, node, result):
     copy = gm.graph.call_function(aten.clone.default, (result,), {"memory_format": torch.contiguous_format})
     copy.meta = node.meta | {"val": value(node)}
     return copy
+
+
+def _fits(node, sub: GraphModule) -> bool:
+    """Have the parts' results the op's strides, or the op's are contiguous, for which there is a copy? Whoever views them relies on it."""
+    results, known = sub.graph.output_node().args[0], value(node)
+    pairs = zip(results, known) if isinstance(known, (tuple, list)) else [(results, known)]
+    return all(not isinstance(a, Node) or not isinstance(b, torch.Tensor) or b.is_contiguous() or [str(n) for n in value(a).stride()] == [str(n) for n in b.stride()] for a, b in pairs)
 
 
 def _described(x):

@@ -48,7 +48,7 @@ def computes(node: Node, device: str) -> bool:
         return False
     if not (node.target in POINTWISE or node.target in ROWS or node.target in REDUCTIONS) or node.target in STAY:
         return False
-    if node.target in REDUCTIONS and not known.dtype.is_floating_point:
+    if node.target in REDUCTIONS and (not known.dtype.is_floating_point or 0 in value(node.args[0]).shape):
         return False
     return all(value(a).dtype in DTYPES for a in node.all_input_nodes if is_tensor(a)) and 0 not in known.shape
 
@@ -64,7 +64,8 @@ def regroups(a, b) -> bool:
 
 def reduced_dims(node: Node) -> tuple[int, ...]:
     """The dims of its input over which a reduction runs."""
-    rank = len(shape(node.args[0]))
+    if not (rank := len(shape(node.args[0]))):
+        return ()
     dims = node.args[1] if len(node.args) > 1 and node.target not in (aten.sum.default, aten.mean.default) else None
     dims = [dims] if isinstance(dims, int) else dims
     return tuple(sorted(d % rank for d in dims)) if dims else tuple(range(rank))

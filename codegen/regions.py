@@ -26,6 +26,8 @@ from .partition import REDUCTIONS, Group, Partition, is_view, reduced_dims
 aten = torch.ops.aten
 MAX_NODES = 4000  # of one expression: beyond, printing and compiling it take seconds
 MAX_NESTS = 8  # of one kernel
+_NARROW = (torch.int32, torch.int16, torch.int8, torch.uint8)
+_MAY_WRAP = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Tensor, aten.rsub.Scalar, aten.mul.Tensor, aten.mul.Scalar, aten.neg.default, aten.abs.default, aten.pow.Tensor_Scalar, aten.square.default}
 
 
 class NoNest(Exception):
@@ -105,7 +107,22 @@ class _Inside(Lift):
             raise Unliftable("beyond the group's border")
         if node.target in REDUCTIONS:
             return self._reduction(node, index)
-        return super()._lift(node, index)
+        return self._in_its_dtype(super()._lift(node, index), value(node).dtype, node)
+
+    def cast(self, e, dtype):
+        return self._in_its_dtype(super().cast(e, torch.int64 if dtype in _NARROW else dtype), dtype)
+
+    @staticmethod
+    def _in_its_dtype(e, dtype, node=None):
+        """Expressions of integers are of any size; those of data wrap where their dtype does, and become floats where torch makes them floats."""
+        if not sc.is_int(e) or not e.has(sc.load) or isinstance(e, sc.load) and node is not None and not dtype.is_floating_point:
+            return e
+        if dtype.is_floating_point:
+            return sc.fmul(Integer(1), e)
+        if dtype not in _NARROW or node is not None and node.target not in _MAY_WRAP:
+            return e
+        bits = torch.iinfo(dtype).bits
+        return sc.mod(e, Integer(2**bits)) if dtype == torch.uint8 else sc.mod(e + 2**(bits - 1), Integer(2**bits)) - 2**(bits - 1)
 
     def _reduction(self, node, index):
         inner, rows = self.space.of_reduction(node)
@@ -208,8 +225,8 @@ def _body(partition, group, outputs, leaves) -> tuple[ir.Body, list[int]]:
     if any(node in partition.written for node in inputs):
         raise NoNest(set(outputs), "reads a tensor that is written in place")
     place = {n: k for k, n in enumerate(leaves)}
-    if any(n not in place for n in inputs):
-        raise NoNest(set(outputs), "reads a tensor beyond its leaves")
+    if beyond := {n for n in inputs if n not in place}:
+        raise NoNest(beyond & partition.computed or set(outputs), "reads a tensor beyond its leaves")
     names = {lift.captures[n]: sc.capture_symbol(k, not value(n).dtype.is_floating_point) for k, n in enumerate(inputs)}
     for o in written:
         dtype = value(outputs[o.number]).dtype

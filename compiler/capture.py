@@ -44,9 +44,22 @@ def cannot_capture(gm: GraphModule) -> str | None:
 
 
 class _Capturing(torch.fx.Interpreter):
-    """Runs Dynamo's graph; two of its calls mean more to gradients than the ops inside them say."""
+    """Runs Dynamo's graph; two of its calls mean more to gradients than the ops inside them say, and autocast has to be on where it is on."""
+
+    def run(self, *args):
+        self.modes: list[torch.amp.autocast] = []
+        try:
+            return super().run(*args)
+        finally:
+            while self.modes:  # an error in between
+                self.modes.pop().__exit__(None, None, None)
 
     def call_function(self, target, args, kwargs):
+        if target is torch.amp.autocast_mode._enter_autocast:  # Dynamo's call alone is noted and not made, and a matmul inside would seem to be float32
+            self.modes.append(torch.amp.autocast(*args))
+            return self.modes[-1].__enter__()
+        if target is torch.amp.autocast_mode._exit_autocast:
+            return self.modes.pop().__exit__(None, None, None)
         if torch.is_grad_enabled():
             if target is torch.ops.higher_order.autograd_function_apply:
                 return _whole(target, args, kwargs)

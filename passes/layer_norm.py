@@ -127,7 +127,7 @@ def _is_centred(node: Node) -> bool:
     if not is_call(node, aten.sub.Tensor) or len(node.args) != 2 or not all(map(is_tensor, node.args)):
         return False
     x, mean = (_uncast(a) for a in node.args)
-    return is_call(mean, aten.mean.dim) and _uncast(mean.args[0]) is x and mean.args[1] is not None and [d % len(shape(x)) for d in mean.args[1]] == [len(shape(x)) - 1]
+    return is_call(mean, aten.mean.dim) and _uncast(mean.args[0]) is x and mean.args[1] is not None and shape(x) and [d % len(shape(x)) for d in mean.args[1]] == [len(shape(x)) - 1]
 
 
 def _uncast(node):

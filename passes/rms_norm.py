@@ -167,6 +167,8 @@ def _library(node: Node) -> Match | Refusal:
 
 def _problem(found: Found) -> Mismatch | None:
     x, weight, root = found.tensors["x"], found.tensors.get("weight"), found.root
+    if not shape(x):
+        return Mismatch("x is one number, expected a row of them", root, root)
     if weight is not None and (len(shape(weight)) != 1 or shape(weight)[0] != shape(x)[-1]):
         return Mismatch(f"the weight has the shape {shape(weight)}, expected [{shape(x)[-1]}]", weight, root)
     if found.pattern.name in _WITHOUT_CASTS and value(x).dtype == torch.float16:
@@ -212,6 +214,8 @@ def _statistic(node: Node) -> _Statistic | None:
         if is_call(x, aten.sub.Tensor) and is_call(_uncast(x.args[1]), aten.mean.dim):
             return None
         rank, dims, keepdim = len(shape(squared)), term.args[1], term.args[2]
+        if rank == 0:
+            continue
         problem = None
         if [d % rank for d in dims] != [rank - 1]:
             problem = Mismatch(f"the mean is over dims {list(dims)} of {rank}, expected the last", mean, node)

@@ -28,6 +28,8 @@ aten = torch.ops.aten
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HALVES = (torch.float16, torch.bfloat16)
 _WIDE_INTS = (torch.int32, torch.int64)
+MAX_LEVEL = 48  # ops on the way to an element: Python's stack holds a thousand calls, and an op takes five of them here and more in a printer
+MAX_TREE = 6000  # nodes of an expression as a tree: sympy walks x + sin(x) of x + sin(x) of ... in time that doubles with every op
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Lift:
         self.captures: dict[Node, Symbol] = {}
         self.dots: dict[Symbol, Dot] = {}
         self._memo: dict[tuple, sympy.Basic] = {}
+        self._extent: dict[sympy.Basic, tuple[int, int]] = {}
+        self._level = 0
 
     def at(self, x, index=()):
         """The value of x (a node or a Python number) at an index."""
@@ -67,12 +71,26 @@ class Lift:
             if not is_tensor(x):
                 result = self._scalar_node(x)
             else:
+                self._level += 1
                 try:
+                    if self._level > MAX_LEVEL:
+                        raise Unliftable("too long a chain of operations")
                     result = self._lift(x, index)
+                    if self.extent(result)[0] > MAX_TREE:
+                        raise Unliftable("too large an expression")
                 except Unliftable:
                     result = self.capture(x, index)
+                finally:
+                    self._level -= 1
             self._memo[key] = result
         return self._memo[key]
+
+    def extent(self, e) -> tuple[int, int]:
+        """(number of nodes, height) of an expression as a tree."""
+        if e not in self._extent:
+            parts = [self.extent(a) for a in e.args if a.args]
+            self._extent[e] = 1 + len(e.args) + sum(n for n, _ in parts), 1 + max((h for _, h in parts), default=0)
+        return self._extent[e]
 
     def path(self, symbols) -> set[Node]:
         """The visited nodes whose value depends on these symbols."""
@@ -104,7 +122,8 @@ class Lift:
         if node.op != "call_function":
             raise Unliftable
         if node.target in POINTWISE:
-            result = POINTWISE[node.target](*(self.broadcast(a, index) for a in node.args), **{k: self.at(v) for k, v in node.kwargs.items() if k == "alpha"})
+            operands = _compared(node) if node.target in COMPARISONS else node.args
+            result = POINTWISE[node.target](*(self.broadcast(a, index) for a in operands), **{k: self.at(v) for k, v in node.kwargs.items() if k == "alpha"})
             return self.cast(result, value(node).dtype) if value(node).dtype in (*_HALVES, torch.bool) else result  # True + True is True
         row = ROWS.get(node.target)
         if row is None:
@@ -220,6 +239,27 @@ def _unary(name):
     return lambda x: sc.unary(name, x)
 
 
+def _compared(node) -> list:
+    """What a comparison compares: it happens in the common dtype, so 0.1 next to a bfloat16 tensor is 0.10009765625."""
+    dtype = torch.result_type(*(value(a) if isinstance(a, Node) else a for a in node.args))
+    if dtype in _HALVES and any(is_tensor(a) and value(a).dtype != dtype for a in node.args):
+        raise Unliftable(f"a comparison that rounds an operand to {dtype}")
+    return [torch.tensor(a, dtype=dtype).item() if isinstance(a, (int, float)) and dtype.is_floating_point else a for a in node.args]
+
+
+def _divided(build):
+    """Integers, by what cannot be zero: torch raises an error there, a processor stops the program. torch's // and % of floats are those of
+    fmod, exact: 1 // 0.1 is 9 while floor(1 / 0.1) is 10."""
+    def row(x, y):
+        if not (sc.is_int(x) and sc.is_int(y)):
+            raise Unliftable("an exact remainder of floats")
+        if y.has(sc.load) or y == 0:
+            raise Unliftable("a division by what may be zero")
+        return build(x, y)
+
+    return row
+
+
 def _power(x, y):
     if sc.is_const(y) and not (sc.is_int(x) and y.is_Integer and y != 2):  # int ** int is an int
         return sc.power(x, y)
@@ -232,8 +272,8 @@ POINTWISE = {
     aten.add.Tensor: _scaled(sc.add), aten.add.Scalar: _scaled(sc.add), aten.sub.Tensor: _scaled(sc.sub), aten.sub.Scalar: _scaled(sc.sub),
     aten.rsub.Scalar: _scaled(lambda x, y: sc.sub(y, x)), aten.rsub.Tensor: _scaled(lambda x, y: sc.sub(y, x)),
     aten.mul.Tensor: sc.mul, aten.mul.Scalar: sc.mul, aten.div.Tensor: sc.div, aten.div.Scalar: sc.div, aten.neg.default: sc.neg,
-    aten.floor_divide.default: sc.integer_floordiv, aten.floor_divide.Scalar: sc.integer_floordiv,
-    aten.remainder.Tensor: sc.integer_mod, aten.remainder.Scalar: sc.integer_mod,
+    aten.floor_divide.default: _divided(sc.integer_floordiv), aten.floor_divide.Scalar: _divided(sc.integer_floordiv),
+    aten.remainder.Tensor: _divided(sc.integer_mod), aten.remainder.Scalar: _divided(sc.integer_mod),
     aten.pow.Tensor_Scalar: _power, aten.pow.Scalar: _power, aten.pow.Tensor_Tensor: _power, aten.square.default: lambda x: sc.mul(x, x), aten.reciprocal.default: lambda x: sc.div(Integer(1), x),
     aten.minimum.default: sc.minimum, aten.maximum.default: sc.maximum, aten.min.other: sc.minimum, aten.max.other: sc.maximum,
     aten.le.Tensor: lambda x, y: sc.relation("<=", x, y), aten.le.Scalar: lambda x, y: sc.relation("<=", x, y),
@@ -252,6 +292,8 @@ POINTWISE = {
     aten.cos.default: _unary("cos"), aten.erf.default: _unary("erf"), aten.abs.default: _unary("abs"), aten.floor.default: _unary("floor"),
     aten.ceil.default: _unary("ceil"), aten.relu.default: _unary("relu"),
 }
+
+COMPARISONS = {target for target in POINTWISE if target._schema.name.split("::")[1] in ("le", "lt", "ge", "gt", "eq", "ne")}
 
 _SCALAR_OPS = {operator.add: sc.add, operator.sub: sc.sub, operator.mul: sc.mul, operator.truediv: sc.div, operator.neg: sc.neg, operator.floordiv: sc.integer_floordiv,
                operator.pow: _power, torch.sym_float: lambda x: x, torch.sym_sqrt if hasattr(torch, "sym_sqrt") else "sym_sqrt": lambda x: sc.unary("sqrt", x)}

@@ -12,7 +12,7 @@ from sympy import And, Integer
 from . import scalar as sc
 from .graph import argument, shape, value
 from .index import clamp_index, wrap_index
-from .lift import Unliftable, aten, row
+from .lift import POINTWISE, Unliftable, aten, row
 from .views import VIEWS
 
 # ---------------------------------------------------------------- values that pass through
@@ -145,7 +145,7 @@ def _div_mode(lift, node, index):
     if mode is None:
         return sc.div(x, y)
     if mode == "floor":
-        return sc.integer_floordiv(x, y)
+        return POINTWISE[aten.floor_divide.default](x, y)
     raise Unliftable("division that rounds to zero")
 
 
@@ -211,10 +211,10 @@ def _diff(lift, node, index):
 @row(aten.cumsum.default)
 def _cumsum(lift, node, index):
     """A running sum of a constant along dim; any other stays a tensor."""
-    dim = node.args[1] % len(index)
+    dim = node.args[1] % max(len(index), 1)
     x = lift.at(node.args[0], index)
     x = sc.select(x, Integer(1), Integer(0)) if sc.is_bool(x) else x
-    if not sc.is_int(x) or not isinstance(index[dim], sympy.Symbol) or x.has(index[dim]):
+    if not index or not sc.is_int(x) or not isinstance(index[dim], sympy.Symbol) or x.has(index[dim]):
         raise Unliftable("a running sum of varying values")
     return x * (index[dim] + 1)
 
@@ -270,6 +270,8 @@ def _embedding(lift, node, index):
 
 @row(aten.index_select.default)
 def _index_select(lift, node, index):
+    if not index:
+        raise Unliftable("a selection from one number")
     dim = node.args[1] % len(index)
     source = list(index)
     source[dim] = lift.at(node.args[2], [index[dim]] if value(node.args[2]).dim() else [])

@@ -8,7 +8,7 @@ from sympy import Integer, Symbol
 from torch.fx import Node
 
 from . import scalar as sc
-from .graph import argument, is_call, op_name, shape, source_of, value
+from .graph import argument, is_call, is_tensor, op_name, shape, source_of, value
 from .index import reindex
 from .rewrite import Refused
 from .views import VIEWS
@@ -32,6 +32,8 @@ class Softmax:
 
 def softmax_at(node) -> Softmax | None:
     """Does this node compute a softmax? softmax, _softmax, _safe_softmax, exp(x - m)/sum(exp(x - m)), exp(x - logsumexp(x))."""
+    if not is_tensor(node) or not shape(node):
+        return None  # of one number: 1
     if is_call(node, aten.softmax.int, aten._softmax.default, aten._safe_softmax.default):
         dim = node.args[1] % len(shape(node))
         empty = "zero" if node.target is aten._safe_softmax.default else "nan"
