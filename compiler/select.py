@@ -70,8 +70,10 @@ def attention(node: Node, target: str, options: Options) -> Choice:
     if dtype == torch.float64:
         return Choice("attention", "float64 has no kernel")
     width, value_width = int(width), int(value_width)  # a symbolic head dim becomes a guard: the kernel is made for one
+    queries = tensors[0].shape[2]
+    known = {"queries": queries if isinstance(queries, int) else None} if target == "cpp" else {}  # one of the kernel's two ways: half the compiler's time
     choice = _generated("attention", target, node, [q, k, v, *captures], sizes, (), variant, q_dtype=dtype, capture_dtypes=[c.dtype for c in captured], capture_ranks=[c.dim() for c in captured],
-                        head_dim=width, value_dim=value_width, num_sizes=len(sizes))
+                        head_dim=width, value_dim=value_width, num_sizes=len(sizes), **known)
     if choice.kernel is None and (function := _library(variant)) is not None:
         return Choice("attention", choice.reason, "aten:scaled_dot_product_attention", function)
     return choice

@@ -1,7 +1,7 @@
 """``tileweld::attention`` as C++: tiled online softmax (FlashAttention-2, 2307.08691) in fp32.
 
 The source is one translation unit without torch headers: constants and the variant's own functions (score.py), and the
-fixed parts beside this file. Two ways through it, chosen at run time:
+fixed parts beside this file. Two ways through it, chosen by the number of query positions; where that is known, the unit has one of them:
 
 - many query rows (attention_packed.h): keys and values are packed once per KV head; tiles of 96 rows, in parallel over
   (batch, head, tile); scores stay in the L1 cache; tiles that the mask empties are skipped, full ones evaluate no mask;
@@ -29,13 +29,15 @@ from .score import ELEMENTS, Captures, keys_source, linear_scale, row_source, si
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
+STREAMED = 8  # query positions at most; from 9 on the packed tiles are faster, even with their packing (measured, 12 heads x 1024 keys x 64)
 _FOLDER = Path(__file__).parent
 
 
 def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[torch.dtype] = (), capture_ranks: Sequence[int] = (), head_dim: int, value_dim: int,
-         num_sizes: int = 0) -> Kernel:
+         num_sizes: int = 0, queries: int | None = None) -> Kernel:
     """The kernel of a variant, for every B, H, Hk, Hv, Tq, Tk and all strides.
 
+    queries: Tq, to which calls must keep, or None for any; all above `STREAMED` give the same kernel, all up to it another one.
     q_dtype: of q, k, v and the output: float32, float16 or bfloat16. head_dim, value_dim: 1 to 256.
     Tensors of a call: [out, q, k, v, *captures], then the integers n0, n1, ...; no floats.
     Raises UnsupportedError for other dtypes and sizes.
@@ -62,6 +64,7 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         f"constexpr float SCALE = {number(scale if scale is not None else 1.0)};  // of the dot product\n"
         f"constexpr float FILL = {number(fill)};  // the score of a masked key\n"
         f"constexpr bool FINITE_FILL = {str(math.isfinite(fill) and mask is not sympy.true).lower()}, EMPTY_IS_ZERO = {str(variant.empty == 'zero').lower()}, MASK_USES_HEAD = {str(mask.has(sc.H)).lower()};\n",
+        f"constexpr int ANY_QUERIES = 0, FEW_QUERIES = 1, MANY_QUERIES = 2, WAYS = {0 if queries is None else 1 if queries <= STREAMED else 2}, MOST_STREAMED = {STREAMED};\n",
         _call_source(captures, num_sizes),
         row_source(captures, score, mask),
         tile_source(captures, mask),

@@ -6,9 +6,9 @@ extern "C" void attention(void* const* data, const int64_t* ints, const double*)
             Element* row = call.out + n / call.Tq / call.H * call.out_stride[0] + n / call.Tq % call.H * call.out_stride[1] + n % call.Tq * call.out_stride[2];
             for (int d = 0; d < DV; ++d) store_element(row + d * call.out_stride[3], 0.0f);
         }
-    } else if (prefers_streaming(call)) {
-        attend_streamed(call);
+    } else if (WAYS == FEW_QUERIES || (WAYS == ANY_QUERIES && call.Tq <= MOST_STREAMED)) {
+        if constexpr (WAYS != MANY_QUERIES) attend_streamed(call);
     } else {
-        attend_packed(call);
+        if constexpr (WAYS != FEW_QUERIES) attend_packed(call);
     }
 }

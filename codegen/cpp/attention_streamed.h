@@ -137,9 +137,6 @@ INLINE int64_t shared_heads(const Call& call) {
     return heads;
 }
 
-// From 9 query positions on the packed tiles are faster, even with their packing (measured, 12 heads x 1024 keys x 64).
-static bool prefers_streaming(const Call& call) { return call.Tq <= 8; }
-
 static void attend_streamed(const Call& call) {
     const int heads = int(shared_heads(call)), rows = heads * int(call.Tq), threads = omp_get_max_threads();
     const int64_t per_batch = call.H / heads, groups = call.B * per_batch, longest = (call.Tk + 4 * CHUNK - 1) / (4 * CHUNK);

@@ -38,10 +38,10 @@ class Case:
     def variant(self):
         return Variant(self.score, self.mask, self.fill, self.sink, self.empty, integer_captures(self.captures(1, 4, 2, 2)))
 
-    def kernel(self):
+    def kernel(self, **known):
         captures = self.captures(1, 4, 2, 2)
         return emit(self.variant(), q_dtype=self.dtype, capture_dtypes=[c.dtype for c in captures], capture_ranks=[c.dim() for c in captures],
-                    head_dim=self.dims[0], value_dim=self.dims[1], num_sizes=len(self.sizes(2, 2)))
+                    head_dim=self.dims[0], value_dim=self.dims[1], num_sizes=len(self.sizes(2, 2)), **known)
 
 
 def padding(B, H, Tq, Tk):
@@ -129,6 +129,16 @@ def test_against_the_definition(built, name):
 def test_long(built, name):
     check(built[name], CASES[name], *inputs(CASES[name], 1023, 1023, 1, 2, 1, 1))
     check(built[name], CASES[name], *inputs(CASES[name], 2, 5001, 1, 2, 1, 1))  # several spans, split over threads
+
+
+def test_kernels_for_known_queries():
+    names = ("causal, offset", "padding", "dense bias")
+    kernels = {(name, Tq): CASES[name].kernel(queries=Tq) for name in names for Tq in (1, 8, 9, 70)}
+    runs = dict(zip(kernels, launchers(list(kernels.values()))))
+    for (name, Tq), run in runs.items():
+        check(run, CASES[name], *inputs(CASES[name], Tq, 70))
+    sources = {Tq: kernels["padding", Tq].source for Tq in (1, 8, 9, 70)}
+    assert sources[1] == sources[8] != sources[9] == sources[70]
 
 
 @pytest.mark.parametrize("heads", [(4, 4, 4), (6, 1, 1), (6, 2, 3), (12, 4, 2), (40, 1, 1), (3, 3, 1)])
