@@ -62,6 +62,7 @@ CASES = {
     "plain": Case(),
     "plain, narrow vectors": Case(flags=("-march=x86-64",)),
     "plain, AVX2": Case(flags=("-march=x86-64-v3",), dtype=F16),
+    "bfloat16, AVX2": Case(flags=("-march=x86-64-v3",), dtype=BF16),  # without products of pairs
     "bias": Case(("a0 + c0[j]",), captures=(floats("N"),)),
     "whole vectors": Case(("a0 + c0[j]",), N=(64,), K=64, captures=(floats("N"),)),
     "rms norm": Case(norm="rms", prologue="x*r*c0[j]", captures=(floats("K"),)),
