@@ -12,7 +12,7 @@ from ..compiler.errors import ConversionError, OptionError
 from .grouping import group_heads
 from .merge import METHODS, Heads, merge_layer, ratio, refit_output, similarity
 from .observe import Inputs, Stop, calibration_inputs, evaluating, hooked, probe_calls, random_inputs, run
-from .probe import Gauge, cast, find_gauge, isolated
+from .probe import Gauge, attention_received, cast, find_gauge, isolated
 from .report import ConversionReport, LayerReport
 from .sites import Site, find_sites, read, restate, write
 
@@ -117,7 +117,8 @@ def _limited(fit: Fit, plan: Plan) -> Fit:
 
 def _fit_calibrated(model: nn.Module, sites: list[Site], inputs: Inputs, plan: Plan) -> list[Fit]:
     """One forward with the batch twice: the first half as the model is, the second through the layers fitted so far. A layer is fitted when
-    it is reached, on the inputs the layers before give it now, its output projection towards what the unchanged model has there."""
+    it is reached, on the inputs the layers before give it now, its output projection towards what the unchanged model has there: SmolLM2 with
+    3 KV heads merged to 1 has perplexity 50 so, 94 with the unchanged layer on the same inputs as the target, 82 without refit."""
     both, fits = inputs.map(lambda x: torch.cat([x, x])), []
     seen: dict[str, Tensor] = {}
     second = lambda x: _tokens(x[len(x) // 2:], inputs.keep)
@@ -125,22 +126,27 @@ def _fit_calibrated(model: nn.Module, sites: list[Site], inputs: Inputs, plan: P
 
     def fit_and_continue(site: Site, args: tuple, kwargs: dict, output: object) -> object:
         x, target, same_input = second(seen["x"]).double(), first(seen["y"]), second(seen["y"])
-        x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+        twin = isolated(site.module, torch.promote_types(seen["x"].dtype, torch.float32))
+        args, kwargs = (cast(given, getattr(twin, site.output).weight.dtype) for given in (args, kwargs))
+        queries = seen["x"].new_ones(seen["x"].shape[:2]) if inputs.keep is None else torch.cat([inputs.keep, inputs.keep])
+        # Keys that are looked at count more, half by attention and half evenly: the first token takes most of it in trained models, is one of
+        # hundreds in a plain mean, and a head that loses it is lost (perplexity 82 against 112 without).
+        share = second(attention_received(site, twin, args, kwargs, queries)).double()
+        x = torch.cat([x, x.new_ones(len(x), 1)], 1) * ((1 + share / share.mean()) / 2).sqrt()
         fit = _fit(site, plan, x.mT @ x / len(x))
         if fit.heads is None:
             fits.append(fit)
             return output
-        twin = isolated(site.module, torch.promote_types(seen["x"].dtype, torch.float32))
         write(site, twin, fit.heads)
         restate(getattr(twin, "config", None), site, plan.num_kv_heads)
         out = getattr(twin, site.output)
         if plan.refit:
             def refit(module, given):
                 goal = target.double() - (0 if module.bias is None else module.bias.double())
-                module.weight.copy_(refit_output(second(given[0]).double(), goal, module.weight.double()))
+                module.weight.copy_(refit_output(second(given[0]).double(), goal, module.weight.double())[0])
             out.register_forward_pre_hook(refit)
         out.register_forward_hook(lambda module, given, result: seen.__setitem__("new", result))
-        new = twin(*cast(args, out.weight.dtype), **cast(kwargs, out.weight.dtype))
+        new = twin(*args, **kwargs)
         residual = ratio(second(seen["new"]).double() - same_input.double(), same_input.double())
         refitted = out.weight.double().unflatten(1, (site.heads, site.dv)).transpose(0, 1)
         fit = _limited(Fit(site, replace(fit.heads, o=refitted), replace(fit.report, residual=residual)), plan)

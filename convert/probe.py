@@ -98,6 +98,26 @@ def find_gauge(site: Site, call: Call) -> Gauge:
     return Gauge(pairs, permutes)
 
 
+def attention_received(site: Site, twin: nn.Module, args: tuple, kwargs: dict, queries: Tensor) -> Tensor:
+    """[B, T, 1]: the attention that every token gets, summed over heads and the queries [B, T] counts (0 for padding). A head's output is sum_j p_ij v_j, so this is the
+    derivative of its outputs' sum by v_j, for any mask, bias and rotary embedding. `twin` is an isolated copy of the site's module."""
+    seen = {}
+
+    def values(module, given, result):
+        seen["v"] = result.detach().requires_grad_()
+        return seen["v"]
+
+    handles = (getattr(twin, site.v.child).register_forward_hook(values),
+               getattr(twin, site.output).register_forward_pre_hook(lambda module, given: seen.__setitem__("context", given[0])))
+    with torch.enable_grad():
+        twin(*args, **kwargs)
+        of_one = seen["context"].unflatten(-1, (site.heads, site.dv))[..., 0].sum(-1).mul(queries).sum()
+    for handle in handles:
+        handle.remove()
+    by_value = torch.autograd.grad(of_one, seen["v"])[0][..., site.v.start:site.v.stop]
+    return by_value.unflatten(-1, (site.kv_heads, site.dv))[..., 0].sum(-1, keepdim=True)
+
+
 def _layouts(d: int, device: torch.device) -> list[Tensor]:
     """Pairs (i, i + d/2), as Llama in transformers; (2i, 2i + 1), as GPT-J and Llama's own code."""
     if d % 2:
