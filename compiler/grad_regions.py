@@ -31,7 +31,10 @@ def make_explicit(graph: Graph) -> None:
     stopped: dict[Node, Node] = {}
     enabled = True
     for node in list(graph.nodes):
-        if node.op == "placeholder":
+        if is_call(node, *_MAYBE_SELF) and _is_self(node):  # x.float() of a float32 x is x, whatever the grad mode: what reads one reads the other
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.op == "placeholder":
             if node.meta.get("requires_grad", False):
                 carrying.add(node)
         elif node in modes:
@@ -52,6 +55,15 @@ def make_explicit(graph: Graph) -> None:
     if not enabled:  # the graph leaves another mode behind
         with graph.inserting_before(graph.output_node()):
             graph.call_function(torch._C._set_grad_enabled, (False,))
+
+
+_MAYBE_SELF = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten.contiguous.default)
+
+
+def _is_self(node: Node) -> bool:
+    """Did the call return its argument itself?"""
+    new, old = value(node), value(node.args[0])
+    return new.dtype == old.dtype and new.device == old.device and _storage(node) is not None and _storage(node) == _storage(node.args[0])
 
 
 def _cut(graph: Graph, node: Node, carrying: set[Node], stopped: dict[Node, Node]) -> None:

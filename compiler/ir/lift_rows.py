@@ -92,13 +92,19 @@ def _threshold_backward(lift, node, index):
 
 @row(aten.arange.default)
 def _arange(lift, node, index):
-    return index[0]
+    return _position(node, index[0])
 
 
 @row(aten.arange.start, aten.arange.start_step)
 def _arange_start(lift, node, index):
     step = lift.at(node.args[2]) if len(node.args) > 2 else Integer(1)
-    return sc.add(lift.at(node.args[0]), sc.mul(step, index[0]))
+    return _position(node, sc.add(lift.at(node.args[0]), sc.mul(step, index[0])))
+
+
+def _position(node, e):
+    if value(node).dtype in (torch.float16, torch.bfloat16):  # 257 is not a bfloat16: eager's positions are rounded
+        raise Unliftable("positions in half precision")
+    return e
 
 
 def _constant(position):

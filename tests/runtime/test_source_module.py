@@ -52,9 +52,9 @@ def test_no_bytecode_is_left_that_carries_no_hash(folder):
 def test_a_source_that_does_not_import_names_its_file():
     for source, message in (("def f(:\n", "SyntaxError"), ("1 / 0\n", "ZeroDivisionError")):
         with pytest.raises(BuildError, match=message) as caught:
-            load_python_source("broken", source)
+            load_python_source("does_not_import", source)
         assert Path(caught.value.source_path).read_text() == source
-    assert not any(name.startswith("tileweld_generated.broken") for name in sys.modules)
+    assert not any(name.startswith("tileweld_generated.does_not_import") for name in sys.modules)
 
 
 def test_a_name_that_is_a_path_is_refused():
