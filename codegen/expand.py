@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..compiler.ir.add_norm import layer_norm_parts
 from ..compiler.ir.expansions import EXPANSIONS
 from ..compiler.ir.graph import is_tensor, value
 
@@ -49,17 +50,7 @@ def log_softmax_backward(grad: Tensor, y: Tensor, dim: int, dtype: torch.dtype) 
 
 
 def native_layer_norm(x: Tensor, shape, weight: Tensor | None, bias: Tensor | None, eps: float):
-    dims = list(range(x.dim() - len(shape), x.dim()))
-    wide = _wide(x)
-    mean = wide.mean(dims, keepdim=True)
-    centred = wide - mean
-    rstd = torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
-    y = centred * rstd
-    if weight is not None:
-        y = y * weight
-    if bias is not None:
-        y = y + bias
-    return y.to(x.dtype), mean, rstd
+    return layer_norm_parts(x, weight, bias, eps, list(range(x.dim() - len(shape), x.dim())))
 
 
 def native_layer_norm_backward(grad: Tensor, x: Tensor, shape, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, mask):

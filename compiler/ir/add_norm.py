@@ -14,15 +14,15 @@ from . import rms_norm as rms
 from .composite import define
 
 
-def layer_norm_parts(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd) of aten.native_layer_norm over the last dim in plain operations; y in x's dtype, the statistics [..., 1] wide.
+def layer_norm_parts(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dims: int | list[int] = -1) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, rstd) of aten.native_layer_norm over ``dims`` in plain operations; y in x's dtype, the statistics [..., 1] wide.
 
     y = (x - mean) rsqrt(mean((x - mean)^2) + eps) weight + bias, in float32 (float64 for float64), rounded once.
     """
     wide = x.to(rms.compute_dtype(x.dtype))
-    mean = wide.mean(-1, keepdim=True)
+    mean = wide.mean(dims, keepdim=True)
     centred = wide - mean
-    rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps)
+    rstd = torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
     y = centred * rstd
     if weight is not None:
         y = y * weight
