@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from .errors import UnsupportedError
+from .ir import int8_linear as _int8_linear_op  # noqa: F401 (registers the op)
 from .ir import rms_norm as _rms_norm_op  # noqa: F401 (registers the op)
 from .ir.attention import Variant, variant_of
 from .ir.cross_entropy import check_targets
@@ -101,6 +102,26 @@ def linear(node: Node, target: str, options: Options) -> Choice:
     choice = _generated("linear", target, node, [x, *weights, *captures], sizes, (eps,), spec_of(captured, norm, prologue, epilogues, pairs), x_dtype=tensor.dtype,
                         weight_dtypes=[w.dtype for w in matrices], capture_dtypes=[c.dtype for c in captured], capture_ranks=[c.dim() for c in captured],
                         widths=[int(w.shape[0]) for w in matrices], k=int(tensor.shape[1]), num_sizes=len(sizes), **known)
+    if choice.kernel is not None:
+        choice.outputs = results(node)
+    return choice
+
+
+def int8_linear(node: Node, target: str, options: Options) -> Choice:
+    """tileweld::int8_linear: a generated kernel, or the definition for float64."""
+    x, weights, scales, captures, sizes, norm, eps, prologue, epilogues, pairs, activation, threshold, columns = node.args
+    tensor, matrices, steps, captured = value(x), [value(w) for w in weights], [value(s) for s in scales], [value(c) for c in captures]
+    if target == "reference":
+        return Choice("int8_linear", "options ask for it")
+    if tensor.dtype == torch.float64:
+        return Choice("int8_linear", "float64 has no kernel")
+    inputs, known = [x, *weights, *scales, *captures, *([columns] if columns is not None else [])], {}
+    if target == "cpp":
+        rows, tensors = tensor.shape[0], [*value(node), *(value(n) for n in inputs)]
+        known = {"rows": rows if isinstance(rows, int) else None, "unit": [[isinstance(stride, int) and stride == 1 for stride in t.stride()] for t in tensors]}
+    choice = _generated("int8_linear", target, node, inputs, sizes, (eps, threshold), spec_of(captured, norm, prologue, epilogues, pairs), x_dtype=tensor.dtype,
+                        capture_dtypes=[c.dtype for c in captured], capture_ranks=[c.dim() for c in captured], widths=[int(w.shape[0]) for w in matrices], k=int(tensor.shape[1]), num_sizes=len(sizes),
+                        activation=activation, groups=[int(s.shape[1]) for s in steps], has_columns=columns is not None, **known)
     if choice.kernel is not None:
         choice.outputs = results(node)
     return choice
@@ -201,6 +222,8 @@ def _generated(op: str, target: str, node: Node, inputs: list[Node], ints: Seque
     """The kernel that codegen/{target}/{op}.emit(*args, **kwargs) makes, launched with [node, *inputs], ints, floats; what it does not support runs on the definition."""
     if target == "triton" and not _has_triton():
         return Choice(op, "triton is not installed: pip install 'tileweld[gpu]'")
+    if importlib.util.find_spec(f"..codegen.{target}.{op}", __package__) is None:
+        return Choice(op, f"no {target} kernel of this op")
     try:
         kernel = _emitted(target, op, tuple(map(_hashable, args)), tuple((name, _hashable(x)) for name, x in kwargs.items()))
     except UnsupportedError as error:
@@ -244,4 +267,4 @@ def _library(variant: Variant) -> Callable | None:
 
 #: op -> selector(node, target, options) -> Choice
 SELECTORS = {torch.ops.tileweld.attention.default: attention, torch.ops.tileweld.rms_norm.default: rms_norm, torch.ops.tileweld.linear.default: linear,
-             torch.ops.tileweld.cross_entropy.default: cross_entropy, torch.ops.tileweld.cross_entropy_backward.default: cross_entropy}
+             torch.ops.tileweld.int8_linear.default: int8_linear, torch.ops.tileweld.cross_entropy.default: cross_entropy, torch.ops.tileweld.cross_entropy_backward.default: cross_entropy}
