@@ -22,7 +22,7 @@ from .report import Report
 STAGES = ("capture", "passes", "aot", "kernels")
 FORMATS = ("text", "dot", "json")
 #: what an argument of a fused op is when there is nothing to say about it
-SILENT = {"score": "s", "mask": "True", "fill": float("-inf"), "sink": "", "empty": "nan", "offset": 0.0}
+SILENT = {"score": "s", "mask": "True", "fill": float("-inf"), "sink": "", "empty": "nan", "value": "", "offset": 0.0}
 
 _DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16", torch.bool: "bool", torch.int64: "i64", torch.int32: "i32",
            torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.complex64: "c64"}

@@ -1,12 +1,17 @@
 """``tileweld::attention``: one op for every attention variant, its definition, its fake and its gradient.
 
-    out[b, h, i, :] = sum_j softmax_j( where(mask, score(q[b, h, i] . k[b, h // Gk, j]), fill) ) v[b, h // Gv, j, :]
+    out[b, h, i, :] = sum_j softmax_j( where(mask, score(q[b, h, i] . k[b, h // Gk, j]), fill) ) value v[b, h // Gv, j, :]
 
-``score``, ``mask`` and ``sink`` are text of the scalar language. Masked positions have the score ``fill``: -inf, or the finite
+``score``, ``mask``, ``sink`` and ``value`` are text of the scalar language. Masked positions have the score ``fill``: -inf, or the finite
 number that the model wrote (-1e9, finfo.min), which matters for rows that see no key at all. ``empty`` tells more about such
 rows: with fill -inf what they give, "nan" as softmax does, or "zero" as scaled_dot_product_attention does; with a finite fill
 "added" where the model added it to the score, so that gradients reach masked scores as well, and not only the visible ones.
-``sink`` is one more logit of the denominator (attention sinks, softmax-plus-one), "" for none.
+``sink`` is one more logit of the denominator (attention sinks, softmax-plus-one), "" for none. ``value`` is a factor of every weight
+that the denominator does not see, of positions and captures alone (no s), "" for 1.
+
+k and v may be int8 with q of a float dtype, each of them: an int8 KV cache that is not dequantised. Its scales are captures: K's, one a token and
+KV head, a factor of s in ``score``, V's a factor in ``value``: (s0 k8) . q = s0 (k8 . q), p (s1 v8) = (p s1) v8. Integers have no gradient;
+q and the scales have.
 
 This file is the meaning; kernels are tested against it in float64. Rows are taken in blocks, so that memory stays
 O(block x Tk) forward and backward. Backward formulas: dP = dO v^T, dS = P (dP - sum(P dP)), chained through d score / d s and
@@ -40,6 +45,7 @@ class Variant:
     sink: str = ""
     empty: str = "nan"
     integer_captures: frozenset[int] = frozenset()
+    value: str = ""
 
     @functools.cached_property
     def score_expr(self):
@@ -52,6 +58,14 @@ class Variant:
     @functools.cached_property
     def sink_expr(self):
         return parse(self.sink, self.integer_captures) if self.sink else None
+
+    @functools.cached_property
+    def value_expr(self):
+        """The factor of the weights, None for 1. Raises ValueError where it depends on s."""
+        e = parse(self.value, self.integer_captures) if self.value else None
+        if e is not None and e.has(sc.S):
+            raise ValueError(f"attention: value={self.value!r} depends on s; it is a factor of positions and captures")
+        return e
 
     @property
     def is_causal(self) -> bool:
@@ -74,9 +88,9 @@ def integer_captures(captures: Sequence[Tensor]) -> frozenset[int]:
     return frozenset(k for k, c in enumerate(captures) if not c.dtype.is_floating_point)
 
 
-def variant_of(captures, score, mask, fill, sink, empty) -> Variant:
+def variant_of(captures, score, mask, fill, sink, empty, value="") -> Variant:
     """The Variant of an op call."""
-    return Variant(score, mask, float(fill), sink, empty, integer_captures(captures))
+    return Variant(score, mask, float(fill), sink, empty, integer_captures(captures), value)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -85,19 +99,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.custom_op("tileweld::attention", mutates_args=())
-def attention(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes: Sequence[int], score: str, mask: str, fill: float, sink: str, empty: str) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes: Sequence[int], score: str, mask: str, fill: float, sink: str, empty: str, value: str = "") -> Tensor:
     """Attention with a scalar-language score and mask.
 
-    q [B, H, Tq, D], k [B, Hk, Tk, D], v [B, Hv, Tk, Dv] with Hk and Hv dividing H; float dtypes; any strides.
+    q [B, H, Tq, D], k [B, Hk, Tk, D], v [B, Hv, Tk, Dv] with Hk and Hv dividing H; float dtypes, k and v int8 too; any strides.
     captures: c0, c1, ... of any rank and dtype; sizes: n0, n1, ...
     Returns [B, H, Tq, Dv] in q's dtype, laid out as [B, Tq, H, Dv] in memory (the transpose that follows is then free).
     """
-    variant = variant_of(captures, score, mask, fill, sink, empty)
+    variant = variant_of(captures, score, mask, fill, sink, empty, value)
     return reference(q, k, v, captures, sizes, variant)
 
 
 @attention.register_fake
-def _(q, k, v, captures, sizes, score, mask, fill, sink, empty):
+def _(q, k, v, captures, sizes, score, mask, fill, sink, empty, value=""):
     batch, heads, rows, width = q.shape
     torch._check(k.shape[3] == width, lambda: f"q has head dim {width}, k has {k.shape[3]}")
     torch._check(k.shape[2] == v.shape[2], lambda: f"k has {k.shape[2]} positions, v has {v.shape[2]}")
@@ -142,6 +156,15 @@ class _Rows:
         self.p = probabilities[..., :keys]
         self.p_sink = probabilities[..., keys:]
 
+    def factor(self, variant):
+        """``value`` over [B, H, rows, keys] or what broadcasts to it, None for 1."""
+        return None if variant.value_expr is None else self.evaluate.float(variant.value_expr)
+
+    def weights(self, variant):
+        """What v is multiplied with: p, times ``value``."""
+        factor = self.factor(variant)
+        return self.p if factor is None else self.p * factor
+
 
 def _every_head(x, q, dtype):
     """k or v with a head for each of q's, in the compute dtype."""
@@ -162,14 +185,14 @@ def reference(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes
         return out.zero_()
     keys, values = _every_head(k, q, dtype), _every_head(v, q, dtype)
     for start, stop in _row_blocks(q, k):
-        out[:, :, start:stop] = (_Rows(q, keys, captures, sizes, variant, start, stop, dtype).p @ values).to(q.dtype)
+        out[:, :, start:stop] = (_Rows(q, keys, captures, sizes, variant, start, stop, dtype).weights(variant) @ values).to(q.dtype)
     return out
 
 
 @torch.library.custom_op("tileweld::attention_backward", mutates_args=())
-def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes: Sequence[int], score: str, mask: str, fill: float, sink: str, empty: str) -> list[Tensor]:
-    """Gradients of q, k, v and of every float capture, in that order, each in its tensor's shape and dtype."""
-    variant = variant_of(captures, score, mask, fill, sink, empty)
+def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes: Sequence[int], score: str, mask: str, fill: float, sink: str, empty: str, value: str = "") -> list[Tensor]:
+    """Gradients of q, k, v and of every float capture, in that order, each in its tensor's shape and dtype; zeros for integers."""
+    variant = variant_of(captures, score, mask, fill, sink, empty, value)
     dtype = compute_dtype(q.dtype)
     differentiable = [c for c in captures if c.dtype.is_floating_point]
     if k.shape[2] == 0:
@@ -180,19 +203,23 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, captures: 
     dk = torch.zeros((q.shape[0], heads, *k.shape[2:]), dtype=dtype, device=q.device)
     dv = torch.zeros((q.shape[0], heads, *v.shape[2:]), dtype=dtype, device=q.device)
     dcaptures = {n: torch.zeros(c.shape, dtype=dtype, device=c.device) for n, c in enumerate(captures) if c.dtype.is_floating_point}
-    ds_ds, by_capture, by_sink = derivatives(variant)
+    ds_ds, by_capture, by_sink, by_value = derivatives(variant)
     hides_gradient = variant.mask_expr is not sympy.true and variant.empty != "added" and not variant.is_causal  # causal: p is 0 there
     for start, stop in _row_blocks(q, k, BACKWARD_ELEMENTS if q.device.type == "cpu" else BLOCK_ELEMENTS):
         seen = min(stop, k.shape[2]) if variant.is_causal else k.shape[2]
         rows = _Rows(q, all_keys, captures, sizes, variant, start, stop, dtype, seen)
         dout = grad[:, :, start:stop].to(dtype)
         dp = dout @ values[:, :, :seen].transpose(2, 3)
+        weight = rows.factor(variant)
+        for element, derivative in by_value:
+            _accumulate(dcaptures, element, rows.p * dp * rows.evaluate.float(derivative), rows.evaluate)
+        dp = dp if weight is None else dp * weight
         dscore = torch._softmax_backward_data(dp, rows.p, -1, dtype)  # p (dp - sum(p dp))
         if hides_gradient:
             dscore = torch.where(rows.visible, dscore, torch.zeros((), dtype=dtype, device=q.device))
         ds = dscore if sc.is_const(ds_ds) else dscore * rows.evaluate.float(ds_ds)
         factor = float(ds_ds) if sc.is_const(ds_ds) else 1.0  # of a smaller product
-        dv[:, :, :seen] += rows.p.transpose(2, 3) @ dout
+        dv[:, :, :seen] += rows.weights(variant).transpose(2, 3) @ dout
         dq[:, :, start:stop] = ((ds @ rows.k) * factor).to(q.dtype)
         dk[:, :, :seen] += ds.transpose(2, 3) @ (rows.q * factor)
         for element, derivative in by_capture:
@@ -202,6 +229,8 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, captures: 
             _accumulate(dcaptures, element, -rows.p_sink * delta * rows.evaluate.float(derivative), rows.evaluate)
 
     def to_group(x, like):
+        if not like.dtype.is_floating_point:
+            return torch.zeros_like(like)
         return x.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype)
 
     return [dq, to_group(dk, k), to_group(dv, v), *(dcaptures[n].to(captures[n].dtype) for n in sorted(dcaptures))]
@@ -209,17 +238,17 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, captures: 
 
 @functools.lru_cache(1024)
 def derivatives(variant: Variant):
-    """(d score / d s, [(c, d score / d c)], [(c, d sink / d c)]) with c the element accesses of float captures."""
+    """(d score / d s, [(c, d score / d c)], the same of the sink, of value) with c the element accesses of float captures."""
     def by_element(expr):
         found = []
-        for element in sc.loads(expr):
+        for element in sc.loads(expr) if expr is not None else ():
             if not sc.is_int(element):
                 x = sympy.Dummy()
                 found.append((element, expr.xreplace({element: x}).diff(x).xreplace({x: element})))
         return found
 
     score = variant.score_expr
-    return score.diff(sc.S), by_element(score), by_element(variant.sink_expr) if variant.sink_expr is not None else []
+    return score.diff(sc.S), by_element(score), by_element(variant.sink_expr), by_element(variant.value_expr)
 
 
 def _accumulate(totals, element, value, evaluate):
@@ -237,21 +266,21 @@ def _accumulate(totals, element, value, evaluate):
 
 
 @attention_backward.register_fake
-def _(grad, q, k, v, captures, sizes, score, mask, fill, sink, empty):
+def _(grad, q, k, v, captures, sizes, score, mask, fill, sink, empty, value=""):
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, *(c for c in captures if c.dtype.is_floating_point))]
 
 
 def _setup_context(ctx, inputs, output):
     q, k, v, captures, sizes, *rest = inputs
     ctx.save_for_backward(q, k, v, *captures)
-    ctx.sizes, ctx.rest = sizes, rest  # rest: score, mask, fill, sink, empty
+    ctx.sizes, ctx.rest = sizes, rest  # rest: score, mask, fill, sink, empty, value
 
 
 def _backward(ctx, grad):
     q, k, v, *captures = ctx.saved_tensors
     dq, dk, dv, *dcaptures = torch.ops.tileweld.attention_backward(grad, q, k, v, captures, ctx.sizes, *ctx.rest)
     remaining = iter(dcaptures)
-    return dq, dk, dv, [next(remaining) if c.dtype.is_floating_point else None for c in captures], None if ctx.sizes else [], *([None] * len(ctx.rest))  # torch takes an empty list for a list of tensors
+    return dq, dk if k.dtype.is_floating_point else None, dv if v.dtype.is_floating_point else None, [next(remaining) if c.dtype.is_floating_point else None for c in captures], None if ctx.sizes else [], *([None] * (len(ctx.needs_input_grad) - 5))  # the dispatcher drops a trailing default; torch takes an empty list for a list of tensors
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)

@@ -91,7 +91,7 @@ def operations(e) -> int:
 def _scores(c: Call):
     """(visible scores over all heads, D, Dv, the variant) of a tileweld::attention."""
     q, k, v = c["q"], c["k"], c["v"]
-    variant = variant_of(c["captures"], c["score"], c["mask"], c["fill"], c["sink"], c["empty"])
+    variant = variant_of(c["captures"], c["score"], c["mask"], c["fill"], c["sink"], c["empty"], c["value"])
     share = visible(variant.mask_expr, q.shape[2], k.shape[2], c["sizes"])
     return share * elements(q) / size(q.shape[3]) * size(k.shape[2]), size(q.shape[3]), size(v.shape[3]), variant
 
