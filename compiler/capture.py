@@ -6,6 +6,8 @@ with pre_dispatch under the fake mode of the ambient TracingContext. tests/compi
 """
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.fx.traceback
 from torch._dispatch.python import enable_python_dispatcher
@@ -13,12 +15,14 @@ from torch._guards import CompileContext, TracingContext
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy
 
 from . import log
 from .grad_regions import make_explicit
 from .ir.graph import source_of
+from .ir.weights import weight_name
 
 
 def fake_inputs(example_inputs) -> tuple[FakeTensorMode, list]:
@@ -109,14 +113,24 @@ def capture(gm: GraphModule, example_inputs) -> GraphModule:
     mode, fakes = fake_inputs(example_inputs)
     with mode, enable_python_dispatcher(), torch.fx.traceback.preserve_node_meta():
         captured = make_fx(_Capturing(gm).run, pre_dispatch=True)(*fakes)
-    for node, example in zip(captured.graph.find_nodes(op="placeholder"), example_inputs):
+    named = gm.graph.find_nodes(op="placeholder")
+    for k, (node, example) in enumerate(zip(captured.graph.find_nodes(op="placeholder"), example_inputs)):
         node.meta["is_weight"] = isinstance(example, torch.nn.Parameter)
+        node.meta["is_static"] = node.meta["is_weight"] or getattr(example, "_dynamo_static_input_type", None) is not None  # a module's buffer, or torch._dynamo.mark_static_address
+        node.meta["weight_name"] = weight_name(named[k].name) if k < len(named) else node.name
         node.meta["requires_grad"] = isinstance(example, torch.Tensor) and example.requires_grad
     make_explicit(captured.graph)
     captured.graph.eliminate_dead_code()
     captured.recompile()
     log.get("capture").debug("captured %d nodes", len(captured.graph.nodes))
     return captured
+
+
+@contextlib.contextmanager
+def real_tensors():
+    """Inside, torch computes on real tensors again, though Dynamo or AOT are tracing: kernels are timed so (pays.py)."""
+    with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
+        yield
 
 
 def compiled_frame() -> int | None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from ..runtime import cache
 from . import log
+from .capture import real_tensors
 from .ir.graph import value
 from .ir.kernel import Kernel
 from .select import Choice
@@ -78,7 +79,7 @@ def _like(fake: torch.Tensor) -> torch.Tensor:
 
 
 def _measured(choice, launch, x, weights, captures) -> tuple[float, float]:
-    with torch.inference_mode(False), torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
+    with real_tensors():
         ins = [_like(t) for t in (x, *weights, *captures)]
         outs = [_like(value(o)) for o in choice.outputs]
         ints = [_hint(n if not isinstance(n, torch.fx.Node) else value(n)) for n in choice.ints]

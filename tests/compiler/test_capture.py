@@ -82,6 +82,14 @@ def test_aot_autograd_and_min_cut_partition():
     torch.testing.assert_close(got, model[0].weight.grad)
 
 
+def test_real_tensors_lifts_the_modes_of_tracing():
+    """torch.utils._python_dispatch._disable_current_modes."""
+    with torch._subclasses.FakeTensorMode():
+        assert isinstance(torch.ones(2), torch._subclasses.FakeTensor)
+        with capture.real_tensors():
+            assert torch.ones(2).sum().item() == 2
+
+
 def test_capture_without_a_tracing_context():
     """A pass-level unit test captures a plain function with make_fx's own fakes."""
     def f(x):
