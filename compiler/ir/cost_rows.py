@@ -201,7 +201,7 @@ ROWS: dict[str, Row] = {
     **dict.fromkeys((f"aten::{name}" for name in "to _to_copy clone contiguous reshape cat stack repeat repeat_interleave roll flip constant_pad_nd pad tril triu _unsafe_view flatten "
                      "copy lift_fresh_copy slice_scatter select_scatter slice_backward select_backward embedding_dense_backward index_put scatter expand_copy unfold arange linspace full scalar_tensor".split()), COPY),
     **dict.fromkeys((f"aten::{name}" for name in "zeros ones zeros_like ones_like full_like new_zeros new_ones new_full zero fill eye rand randn rand_like randn_like".split()), FILL),
-    **dict.fromkeys(("aten::where", "aten::__or__", "aten::__and__", "aten::__xor__", "aten::square", "aten::softplus", "aten::dropout", "aten::native_dropout"), POINTWISE),  # no tag in torch
+    **dict.fromkeys(("aten::where", "aten::__or__", "aten::__and__", "aten::__xor__", "aten::square", "aten::softplus", "aten::dropout", "aten::native_dropout", "aten::diff"), POINTWISE),  # no tag in torch
     # no kernel
     **dict.fromkeys((f"aten::{name}" for name in "empty empty_like new_empty empty_strided new_empty_strided sym_size sym_stride sym_numel _assert_async _assert_scalar lift_fresh detach".split()), FREE),
 }
