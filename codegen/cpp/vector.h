@@ -24,6 +24,7 @@ typedef float LooseVector __attribute__((vector_size(VL * 4), aligned(4), may_al
 typedef int32_t IntVector __attribute__((vector_size(VL * 4)));
 typedef uint32_t BitVector __attribute__((vector_size(VL * 4)));
 typedef uint16_t ShortVector __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+typedef int8_t ByteVector __attribute__((vector_size(VL), aligned(1), may_alias));
 
 struct Half { uint16_t bits; };      // IEEE binary16
 struct BFloat16 { uint16_t bits; };  // the upper half of a float
@@ -89,6 +90,7 @@ INLINE Vector load_vector(const Half* p) {
     return x;
 #endif
 }
+INLINE Vector load_vector(const int8_t* p) { return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const ByteVector*>(p), IntVector), Vector); }
 INLINE void store_vector(float* p, Vector x) { *reinterpret_cast<LooseVector*>(p) = x; }
 
 // The upper halves of floats, rounded to nearest even; not for NaN.
