@@ -5,18 +5,23 @@ way for a backend to train. tests/compiler/test_capture.py names each call used.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._guards import TracingContext
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 
 def compile_graph(gm: GraphModule, example_inputs, lower: Callable[[GraphModule, bool], Callable]):
     """Differentiate and functionalise a rewritten graph; ``lower(graph, is_backward)`` turns every resulting graph into a callable."""
-    def compiler(is_backward):
+    captured = gm.graph.find_nodes(op="placeholder")
+
+    def compiler(is_backward, is_inference=False):
         def compile_one(graph: GraphModule, inputs):
+            if is_inference:
+                name_weights(graph, captured)
             made = lower(graph, is_backward)
             if (context := TracingContext.try_get()) is not None and context.fw_metadata is not None:
                 context.fw_metadata.bw_donated_idxs = []  # nothing here writes over saved tensors, so backward(retain_graph=True) may run
@@ -24,6 +29,15 @@ def compile_graph(gm: GraphModule, example_inputs, lower: Callable[[GraphModule,
 
         return compile_one
 
-    backend = aot_autograd(fw_compiler=compiler(False), bw_compiler=compiler(True), inference_compiler=compiler(False), partition_fn=min_cut_rematerialization_partition,
+    backend = aot_autograd(fw_compiler=compiler(False), bw_compiler=compiler(True), inference_compiler=compiler(False, is_inference=True), partition_fn=min_cut_rematerialization_partition,
                            keep_inference_input_mutations=True)  # a written KV cache is an op of the graph (reinplace.py), not a copy around it
     return backend(gm, example_inputs)
+
+
+def name_weights(graph: GraphModule, captured: Sequence[Node]) -> None:
+    """meta["weight"] = its name, on every input of an inference graph that was a weight when it was captured: AOT says by a descriptor which input that was."""
+    for node in graph.graph.find_nodes(op="placeholder"):
+        described = node.meta.get("desc")
+        source = captured[described.idx] if isinstance(described, PlainAOTInput) and described.idx < len(captured) else None
+        if source is not None and (source.meta.get("is_static") or source.meta.get("is_weight")):
+            node.meta["weight"] = source.meta.get("label") or source.name

@@ -15,6 +15,7 @@ from ..runtime.cuda_graphs import CudaGraphs
 from ..runtime.workspace import Workspaces
 from . import log
 from .errors import UnsupportedError
+from .folded import Folded
 from .ir.graph import is_tensor, value
 from .ir.lowered import restride
 
@@ -35,7 +36,8 @@ def assemble(gm: GraphModule, cuda_graphs: bool = False) -> Callable:
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     if cuda_graphs and any(is_tensor(n) and value(n).device.type == "cuda" for n in inputs):
         written = Liveness(gm.graph).written
-        return CudaGraphs(run, [k for k, n in enumerate(inputs) if (n, 0) in written])
+        kept = [(n.target, [inputs.index(a) for a in n.args]) for n in gm.graph.nodes if isinstance(n.target, Folded)]
+        return CudaGraphs(run, [k for k, n in enumerate(inputs) if (n, 0) in written], kept)
     return run
 
 

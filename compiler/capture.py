@@ -22,7 +22,6 @@ from torch.utils.checkpoint import CheckpointPolicy
 from . import log
 from .grad_regions import make_explicit
 from .ir.graph import source_of
-from .ir.weights import weight_name
 
 
 def fake_inputs(example_inputs) -> tuple[FakeTensorMode, list]:
@@ -113,11 +112,9 @@ def capture(gm: GraphModule, example_inputs) -> GraphModule:
     mode, fakes = fake_inputs(example_inputs)
     with mode, enable_python_dispatcher(), torch.fx.traceback.preserve_node_meta():
         captured = make_fx(_Capturing(gm).run, pre_dispatch=True)(*fakes)
-    named = gm.graph.find_nodes(op="placeholder")
-    for k, (node, example) in enumerate(zip(captured.graph.find_nodes(op="placeholder"), example_inputs)):
+    for node, example in zip(captured.graph.find_nodes(op="placeholder"), example_inputs):
         node.meta["is_weight"] = isinstance(example, torch.nn.Parameter)
         node.meta["is_static"] = node.meta["is_weight"] or getattr(example, "_dynamo_static_input_type", None) is not None  # a module's buffer, or torch._dynamo.mark_static_address
-        node.meta["weight_name"] = weight_name(named[k].name) if k < len(named) else node.name
         node.meta["requires_grad"] = isinstance(example, torch.Tensor) and example.requires_grad
     make_explicit(captured.graph)
     captured.graph.eliminate_dead_code()

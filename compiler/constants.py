@@ -9,8 +9,9 @@ import threading
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..codegen.liveness import Liveness, is_inplace
+from ..codegen.liveness import Liveness
 from .ir.graph import is_tensor, value
+from .ir.weights import is_pure
 
 LIMIT = 1 << 16  # elements of a kept tensor: a mask of 256 x 256; what is larger is cheaper to make again than to hold
 
@@ -59,13 +60,7 @@ def fold_constants(gm: GraphModule) -> int:
 
 def _is_pure(node: Node) -> bool:
     """A small static tensor of an ATen call that gives the same every time."""
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or is_inplace(node) or not is_tensor(node):
-        return False
-    if {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(target.tags) or target._schema.name.split("::")[1].startswith("empty") or target._schema.name.split("::")[1].startswith("new_empty"):
-        return False
-    known = value(node)
-    return known.layout is torch.strided and all(isinstance(n, int) for n in (*known.shape, *known.stride())) and known.numel() <= LIMIT
+    return is_pure(node) and node.target.namespace == "aten" and is_tensor(node) and value(node).numel() <= LIMIT
 
 
 def _costs(node: Node, fixed: set[Node]) -> bool:

@@ -21,13 +21,14 @@ from .assemble import assemble
 from .constants import fold_constants
 from .degrade import degrade
 from .errors import BuildError, CompilerNotFound, UnsupportedError
+from .folded import Folded, fold_weights
 from .ir.graph import is_tensor, source_of, value
 from .ir.lowered import Launch
 from .options import Options
 from .pays import losers
 from .place import CannotPlace, Placer
 from .reinplace import reinplace
-from .report import KernelUse, Report
+from .report import FoldedWeight, KernelUse, Report
 from .select import SELECTORS, Choice, region
 
 
@@ -40,6 +41,7 @@ def lower(gm: GraphModule, options: Options, report: Report, number: int, cuda_g
         gm, choices = untouched, choose(untouched, options, apart)
         launchers |= _build({c.kernel.source: c for c in choices if c.kernel is not None and c.kernel.source not in launchers}, options, report)
         report.kernels += [KernelUse("linear", "aten:mm", reason, number) for reason in apart.values()]
+    note_folded(gm, report, number)
     placer = Placer(gm)
     for choice in choices:
         name, reason = choice.name, choice.reason
@@ -79,12 +81,20 @@ def put(placer: Placer, choice: Choice, launchers: Mapping[str, Callable | None]
     return ""
 
 
+def note_folded(gm: GraphModule, report: Report, number: int) -> None:
+    """The values that a graph keeps, into the report."""
+    kept = [n.target for n in gm.graph.nodes if isinstance(n.target, Folded)]
+    report.folded += [FoldedWeight(k.name, k.operations, k.sources, k.bytes, number, k.key) for k in kept]
+
+
 def choose(gm: GraphModule, options: Options, apart: Collection[str] = ()) -> list[Choice]:
     """The implementation of every fused op and region of the graph; nothing is built.
 
-    Before that, ops that stand for several are replaced by their parts (those of the nodes named in ``apart`` too), what no input reaches by
-    constants, updates of inputs by updates in place.
+    Before that, what depends on weights alone is replaced by kept values (in inference), ops that stand for several by their parts (those of the
+    nodes named in ``apart`` too), what no input reaches by constants, updates of inputs by updates in place.
     """
+    if options.fold_weights:
+        fold_weights(gm)
     if options.target != "reference":
         expand(gm, frozenset(SELECTORS) - {torch.ops.tileweld.rms_norm.default}, apart)
     fold_constants(gm)

@@ -41,6 +41,7 @@ class Options:
     passes: Mapping[str, bool] = dataclasses.field(default_factory=dict)
 
     @classmethod
+    fold_weights: bool = True
     def parse(cls, given: Mapping | None, pass_names: tuple[str, ...] = ()) -> Options:
         """Check a user's dict; an unknown key or value raises OptionError with the list of what exists."""
         if given is None:

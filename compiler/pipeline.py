@@ -17,7 +17,7 @@ def run(gm: GraphModule, passes, options: Options, report: Report) -> GraphModul
     """Rewrite the captured graph in place with the passes that options leave on."""
     number = len(report.graphs)
     for rewrite in passes:
-        if not options.passes.get(rewrite.NAME, True):
+        if not options.passes.get(rewrite.NAME, getattr(rewrite, "DEFAULT", True)):
             continue
         if hasattr(rewrite, "transform"):  # a normalisation: changes the graph's spelling, makes no fused op, reports nothing
             rewrite.transform(gm)

@@ -45,6 +45,21 @@ class KernelUse:
 
 
 @dataclasses.dataclass(frozen=True)
+class FoldedWeight:
+    """A value that is kept between calls because it depends on weights alone: its name in the graph, the operations and weights that it is computed from, its bytes, the number of the graph.
+
+    key: the computation; graphs that have the same one of the same weights hold one value.
+    """
+
+    name: str
+    operations: tuple[str, ...]
+    weights: tuple[str, ...]
+    bytes: int
+    graph: int
+    key: str = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
 class AotGraph:
     """A graph as AOTAutograd made it, before its fused ops become kernels: functional, decomposed by autograd's rules, forward or backward."""
 
@@ -85,6 +100,7 @@ class Report:
         self.fusions: list[Fusion] = []
         self.refusals: list[Refused] = []
         self.kernels: list[KernelUse] = []
+        self.folded: list[FoldedWeight] = []
         self.warnings: list[str] = []
         self.graphs: list[GraphModule] = []
         self.captured: list[GraphModule] = []
@@ -130,6 +146,11 @@ class Report:
         """op -> calls that stay calls of torch's library: no fused op, in no region."""
         return self.cost.fallbacks
 
+    @property
+    def folded_bytes(self) -> int:
+        """Bytes that the kept values take, with what several graphs share counted once."""
+        return sum({(f.key, f.weights): f.bytes for f in self.folded}.values())
+
     def warn(self, message: str) -> None:
         """A degradation, listed once."""
         if message not in self.warnings:
@@ -137,7 +158,7 @@ class Report:
 
     def to_json(self) -> str:
         """Counts, fusions, refusals, kernels, softmaxes per graph, costs, library calls and warnings as JSON text."""
-        rows = {name: [dataclasses.asdict(x) for x in getattr(self, name)] for name in ("fusions", "refusals", "kernels", "softmaxes")}
+        rows = {name: [dataclasses.asdict(x) for x in getattr(self, name)] for name in ("fusions", "refusals", "kernels", "folded", "softmaxes")}
         return json.dumps({"counts": dict(self.counts), "graphs": len(self.graphs), **rows, "cost": self.cost.to_json(self.device), "fallbacks": dict(self.fallbacks), "warnings": self.warnings}, indent=2)
 
     def __str__(self) -> str:
@@ -154,7 +175,7 @@ class Report:
         return f"<Report: {len(self.graphs)} graph(s), {fused}, {len(self.refusals)} refused>"
 
     def tables(self) -> list:
-        """The rich renderables: a headline, fusions (equal ones in one row), costs, refusals in words, kernels, library calls, softmaxes of every graph, warnings."""
+        """The rich renderables: a headline, fusions (equal ones in one row), costs, refusals in words, kernels, kept values, library calls, softmaxes of every graph, warnings."""
         from rich.text import Text
 
         from .cost_report import listed
@@ -175,6 +196,11 @@ class Report:
             for (op, implementation, reason), rows in _grouped(self.kernels, lambda k: (k.op, k.implementation, k.reason)):
                 table.add_row(op, str(len(rows)), Text(implementation), Text(reason))
             result.append(table)
+        if self.folded:
+            table = _table("kept, computed from weights alone", "times", "bytes", "weights")
+            for (operations, size), rows in _grouped({(f.key, f.weights): f for f in self.folded}.values(), lambda f: (f.operations, f.bytes)):
+                table.add_row(Text(", ".join(operations)), str(len(rows)), f"{size:,}", Text(_few([", ".join(r.weights) for r in rows])))
+            result += [table, Text(f"kept in total: {self.folded_bytes:,} bytes, made at the first call and again when a weight changes")]
         if self.fallbacks:
             result.append(Text("calls of torch's library: " + listed(self.fallbacks)))
         counted = [s for s in self.softmaxes if s.seen]
@@ -236,5 +262,8 @@ def _grouped(rows, key):
 
 
 def _sources(rows) -> str:
-    places = list(dict.fromkeys(" ".join(r.source.split()) for r in rows if r.source))
-    return "\n".join(places[:2]) + (f"\n... and {len(places) - 2} more" if len(places) > 2 else "")
+    return _few(list(dict.fromkeys(" ".join(r.source.split()) for r in rows if r.source)))
+
+
+def _few(lines: list[str]) -> str:
+    return "\n".join(lines[:2]) + (f"\n... and {len(lines) - 2} more" if len(lines) > 2 else "")

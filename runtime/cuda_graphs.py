@@ -8,7 +8,7 @@ stream than the captured one, a call within a call, a written input at another a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -20,6 +20,7 @@ class _Entry:
     """One set of shapes: how often it ran, the addresses that it saw, and the graph once there is one."""
 
     def __init__(self, addresses: list[int]):
+        self.kept = ()
         self.runs, self.addresses, self.fixed = 0, addresses, [True] * len(addresses)
         self.graph = self.inputs = self.results = None
         self.refused = False
@@ -30,12 +31,15 @@ class _Entry:
 
 
 class CudaGraphs:
-    """Wraps a boxed function; called like it. ``written``: positions of the arguments that it writes to."""
+    """Wraps a boxed function; called like it. ``written``: positions of the arguments that it writes to; ``kept``: what it holds between calls (a function, and the
+    positions of its arguments), which a graph reads where it was when it was captured."""
 
     _boxed_call = True
 
-    def __init__(self, function: Callable, written: Collection[int] = (), *, cuda=torch.cuda, device: str = "cuda"):
+    def __init__(self, function: Callable, written: Collection[int] = (), kept: Sequence[tuple[Callable, Sequence[int]]] = (), *, cuda=torch.cuda, device: str = "cuda"):
         self._function, self._written, self._cuda, self._device = function, frozenset(written), cuda, device
+        self._kept = [*kept]
+        self._fixed = self._written.union(*(places for _, places in self._kept))  # no graph is made while one of these moves
         self._entries: dict[tuple, _Entry] = {}
         self._lock = threading.Lock()
         self._stream = None
@@ -53,16 +57,21 @@ class CudaGraphs:
         stream = self._cuda.current_stream()
         key = tuple((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x for x in arguments)
         addresses = [x.data_ptr() if isinstance(x, torch.Tensor) else 0 for x in arguments]
+        kept = tuple(value(*(arguments[k] for k in places)) for value, places in self._kept)  # a weight has changed: computed now, outside of a graph
         entry = self._entries.get(key)
         if entry is None:
             if len(self._entries) == MOST:
                 return self._function(arguments)
             entry = self._entries[key] = _Entry(addresses)
             self._stream = self._stream or stream
+        if entry.graph is not None and any(a is not b for a, b in zip(kept, entry.kept)):
+            entry.graph = entry.inputs = entry.results = None  # it reads the values that were kept before
+            entry.runs = 0
         if entry.graph is None:
+            entry.kept = kept
             entry.see(addresses)
             entry.runs += 1
-            if entry.refused or entry.runs <= WARM_UPS or stream != self._stream or not all(entry.fixed[k] for k in self._written):
+            if entry.refused or entry.runs <= WARM_UPS or stream != self._stream or not all(entry.fixed[k] for k in self._fixed):
                 return self._function(arguments)
             if not self._capture(entry, arguments):
                 return self._function(arguments)
