@@ -27,7 +27,8 @@ TABLE: dict[str, Option] = {
     "target": Option("auto", " | ".join(TARGETS), "what kernels are generated for; auto: triton on a GPU, cpp on a CPU, reference for dtypes without a kernel", lambda v: v in TARGETS),
     "verify": Option(False, "True | False", "replay every rewrite in float64 on random inputs at compile time and refuse what differs", lambda v: isinstance(v, bool)),
     "strict": Option(False, "True | False", "raise RefusalError where a rewrite is refused, and BuildError where a kernel cannot be built", lambda v: isinstance(v, bool)),
-    "passes": Option({}, "{pass name: True | False}", "turn passes off (or on again) by name", _passes_ok),
+    "fold_weights": Option(True, "True | False", "in inference, keep what depends on weights alone between calls, and compute it again when they change; False: compute it at every call", lambda v: isinstance(v, bool)),
+    "passes": Option({}, "{pass name: True | False}", "turn passes on or off by name", _passes_ok),
 }
 
 
@@ -38,10 +39,10 @@ class Options:
     target: str = "auto"
     verify: bool = False
     strict: bool = False
+    fold_weights: bool = True
     passes: Mapping[str, bool] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    fold_weights: bool = True
     def parse(cls, given: Mapping | None, pass_names: tuple[str, ...] = ()) -> Options:
         """Check a user's dict; an unknown key or value raises OptionError with the list of what exists."""
         if given is None:
