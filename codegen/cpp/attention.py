@@ -28,18 +28,19 @@ from .printer import SIZE_LIMIT, CppPrinter
 from .score import ELEMENTS, Captures, keys_source, linear_scale, row_source, simplify, sink_source, tile_source
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 1024  # a tile of queries and sums of 48 rows is then 384 KiB, beside a block of keys and values of 512 in an L2 cache of 1 MiB
 STREAMED = 8  # query positions at most; from 9 on the packed tiles are faster, even with their packing (measured, 12 heads x 1024 keys x 64)
 _FOLDER = Path(__file__).parent
 
 
 def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[torch.dtype] = (), capture_ranks: Sequence[int] = (), head_dim: int, value_dim: int,
-         num_sizes: int = 0, queries: int | None = None) -> Kernel:
+         num_sizes: int = 0, queries: int | None = None, key_dims: Sequence[int] = ()) -> Kernel:
     """The kernel of a variant, for every B, H, Hk, Hv, Tq, Tk and all strides.
 
     queries: Tq, to which calls must keep, or None for any; all above `STREAMED` give the same kernel, all up to it another one.
-    q_dtype: of q, k, v and the output: float32, float16 or bfloat16. head_dim, value_dim: 1 to 256.
-    Tensors of a call: [out, q, k, v, *captures], then the integers n0, n1, ...; no floats.
+    q_dtype: of q, k, v and the output: float32, float16 or bfloat16. head_dim, value_dim: 1 to `MAX_HEAD_DIM`.
+    key_dims: head dims of the parts of the keys, which add up to head_dim, where they are several tensors [B, Hk, Tk, D] with an Hk each.
+    Tensors of a call: [out, q, *parts of k, v, *captures], then the integers n0, n1, ...; no floats.
     Raises UnsupportedError for other dtypes and sizes.
     """
     if q_dtype not in DTYPES:
@@ -47,6 +48,9 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
     for name, width in (("head", head_dim), ("value", value_dim)):
         if not 1 <= width <= MAX_HEAD_DIM:
             raise UnsupportedError(f"no C++ attention kernel for {name} dim {width}", cure=f"1 to {MAX_HEAD_DIM} are supported")
+    key_dims = tuple(key_dims) or (head_dim,)
+    if sum(key_dims) != head_dim or min(key_dims) < 1:
+        raise UnsupportedError(f"keys of head dim {head_dim} in parts of {list(key_dims)}", cure="parts of at least 1 that add up to the head dim")
     captures = Captures(tuple(capture_dtypes), tuple(capture_ranks))
     score, mask, fill = simplify(variant)
     scale = linear_scale(score)
@@ -59,19 +63,21 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         _text("vector.h"),
         _text("scalar_math.h"),
         "// ---- this variant\n",
-        f"using Element = {ELEMENTS[q_dtype]};\n"
+        f"using Element = {ELEMENTS[q_dtype]};  // of the queries and the output\nusing KeyElement = Element;\nusing ValueElement = Element;\n"
         f"constexpr int D = {head_dim}, DV = {value_dim};\n"
+        f"constexpr int PARTS = {len(key_dims)}, PART_SIZE[PARTS] = {{{', '.join(map(str, key_dims))}}};  // tensors that make up a key\n"
         f"constexpr float SCALE = {number(scale if scale is not None else 1.0)};  // of the dot product\n"
         f"constexpr float FILL = {number(fill)};  // the score of a masked key\n"
         f"constexpr bool FINITE_FILL = {str(math.isfinite(fill) and mask is not sympy.true).lower()}, EMPTY_IS_ZERO = {str(variant.empty == 'zero').lower()}, MASK_USES_HEAD = {str(mask.has(sc.H)).lower()};\n",
         f"constexpr int ANY_QUERIES = 0, FEW_QUERIES = 1, MANY_QUERIES = 2, WAYS = {0 if queries is None else 1 if queries <= STREAMED else 2}, MOST_STREAMED = {STREAMED};\n",
-        _call_source(captures, num_sizes),
+        _call_source(captures, num_sizes, len(key_dims)),
         row_source(captures, score, mask),
         tile_source(captures, mask),
         keys_source(captures, mask),
         sink_source(captures, variant.sink_expr),
         _text("attention_tiles.h"),
         _text("attention_packed.h"),
+        _text("attention_stream_tiles.h"),
         _text("attention_streamed.h"),
         _text("attention_entry.h"),
     ]
@@ -86,26 +92,30 @@ def _dtypes(q_dtype, capture_dtypes):
     return ", ".join([f"q k v {q_dtype}"] + [f"c{k} {dtype}" for k, dtype in enumerate(capture_dtypes)]).replace("torch.", "")
 
 
-def _call_source(captures: Captures, num_sizes: int) -> str:
+def _call_source(captures: Captures, num_sizes: int, parts: int) -> str:
     """``struct Call``: the arguments by name, and how they are read from the launcher's arrays."""
     fields, reads = [], []
     for k, (dtype, rank) in enumerate(zip(captures.dtypes, captures.ranks)):
         fields.append(f"    const {ELEMENTS[dtype]}* c{k};")
         fields.append(f"    const int64_t *c{k}_size, *c{k}_stride;  // rank {rank}")
-        reads.append(f"    call.c{k} = static_cast<const {ELEMENTS[dtype]}*>(data[{k + 4}]);\n    call.c{k}_size = ints;\n    call.c{k}_stride = ints + {rank};\n    ints += {2 * rank};")
+        reads.append(f"    call.c{k} = static_cast<const {ELEMENTS[dtype]}*>(data[{k + 3 + parts}]);\n    call.c{k}_size = ints;\n    call.c{k}_stride = ints + {rank};\n    ints += {2 * rank};")
     sizes = [f"n{k}" for k in range(num_sizes)]
     if sizes:
         fields.append(f"    int64_t {', '.join(sizes)};")
     reads += [f"    call.{name} = *ints++;" for name in sizes]
     narrow = " && ".join([f"call.{name} < {SIZE_LIMIT}" for name in ("B", "H", "Tq", "Tk")] + [f"call.{name} < {SIZE_LIMIT} && call.{name} > -{SIZE_LIMIT}" for name in sizes])
     return "\n".join([
-        "struct Call {", "    Element* out;", "    const Element *q, *k, *v;", "    int64_t B, H, Hk, Hv, Tq, Tk;",
-        "    const int64_t *out_stride, *q_stride, *k_stride, *v_stride;  // [B, H, T, D], in elements",
+        "struct Call {", "    Element* out;", "    const Element* q;", "    const KeyElement* k[PARTS];", "    const ValueElement* v;", "    int64_t B, H, Hk[PARTS], Hv, Tq, Tk;",
+        "    const int64_t *out_stride, *q_stride, *k_stride[PARTS], *v_stride;  // [B, H, T, D], in elements",
         "    bool is_narrow;  // every size is small enough for positions in int32", *fields, "};", "",
         "static Call read_call(void* const* data, const int64_t* ints) {", "    Call call;",
         "    call.out = static_cast<Element*>(data[0]);", "    call.q = static_cast<const Element*>(data[1]);",
-        "    call.k = static_cast<const Element*>(data[2]);", "    call.v = static_cast<const Element*>(data[3]);",
-        "    // sizes and strides of out, q, k, v: four and four each",
-        "    call.B = ints[8], call.H = ints[9], call.Tq = ints[10], call.Hk = ints[17], call.Tk = ints[18], call.Hv = ints[25];",
-        "    call.out_stride = ints + 4, call.q_stride = ints + 12, call.k_stride = ints + 20, call.v_stride = ints + 28;",
-        "    ints += 32;", *reads, f"    call.is_narrow = {narrow};", "    return call;", "}", ""])
+        "    call.v = static_cast<const ValueElement*>(data[PARTS + 2]);",
+        "    // sizes and strides of out, q, the parts of k, v: four and four each",
+        "    call.B = ints[8], call.H = ints[9], call.Tq = ints[10], call.Tk = ints[18], call.Hv = ints[17 + 8 * PARTS];",
+        "    call.out_stride = ints + 4, call.q_stride = ints + 12, call.v_stride = ints + 20 + 8 * PARTS;",
+        "    for (int part = 0; part < PARTS; ++part) {",
+        "        call.k[part] = static_cast<const KeyElement*>(data[2 + part]);",
+        "        call.Hk[part] = ints[17 + 8 * part], call.k_stride[part] = ints + 20 + 8 * part;",
+        "    }",
+        "    ints += 24 + 8 * PARTS;", *reads, f"    call.is_narrow = {narrow};", "    return call;", "}", ""])

@@ -1,24 +1,28 @@
 // Many query rows: keys and values are packed once per KV head, in fp32, and every row tile of every head in the group reads them.
 
-constexpr int TILE_ROWS = 16 * MR;
+constexpr int TILE_ROWS = D + DV <= 512 ? 16 * MR : 8 * MR;  // queries and sums of a tile stay in the L2 cache beside a block of keys and values
 
-// keys [Tk, D] to panels [panel][D][PANEL], zeros past the last key
-static void pack_keys(const Call& call, int64_t b, int64_t head, int64_t panel, float* __restrict to) {
-    const int64_t* stride = call.k_stride;
-    const Element* from = call.k + b * stride[0] + head * stride[1];
+// dims [start, start + width) of the keys [Tk, D], a part of their own in memory, to panels [panel][D][PANEL], zeros past the last key
+template <int start, int width>
+INLINE void pack_part(const KeyElement* from, const int64_t* stride, int64_t Tk, int64_t panel, float* __restrict to) {
     for (int key = 0; key < PANEL; key += VL)
-        for (int d0 = 0; d0 < D; d0 += VL) {
+        for (int d0 = 0; d0 < width; d0 += VL) {
             Vector rows[VL];
 #pragma GCC unroll 16
             for (int n = 0; n < VL; ++n) {
                 const int64_t j = panel * PANEL + key + n;
-                rows[n] = j < call.Tk ? gather_vector(from + j * stride[2] + d0 * stride[3], stride[3], D - d0) : Vector{};
+                rows[n] = j < Tk ? gather_vector(from + j * stride[2] + d0 * stride[3], stride[3], width - d0) : Vector{};
             }
             transpose(rows);
 #pragma GCC unroll 16
             for (int n = 0; n < VL; ++n)
-                if (d0 + n < D) store_vector(to + (d0 + n) * PANEL + key, rows[n]);
+                if (d0 + n < width) store_vector(to + (start + d0 + n) * PANEL + key, rows[n]);
         }
+}
+constexpr int part_start(int part) { return part == 0 ? 0 : part_start(part - 1) + PART_SIZE[part - 1]; }
+template <size_t... part>
+INLINE void pack_keys(const Call& call, int64_t b, int64_t h, int64_t panel, float* __restrict to, std::index_sequence<part...>) {
+    (pack_part<part_start(part), PART_SIZE[part]>(call.k[part] + b * call.k_stride[part][0] + h / (call.H / call.Hk[part]) * call.k_stride[part][1], call.k_stride[part], call.Tk, panel, to), ...);
 }
 
 // values [Tk, DV] to stripes [stripe][Tk][STRIPE * VL], zeros in the padding columns; one panel's worth of keys
@@ -115,7 +119,7 @@ constexpr int64_t PACKED_FLOATS = int64_t(1) << 20;  // 4 MiB: one head of 8192 
 
 static void attend_packed(const Call& call) {
     const int64_t panels = (call.Tk + PANEL - 1) / PANEL, key_size = panels * PANEL * D, value_size = call.Tk * DVP;
-    const int64_t key_group = call.H / call.Hk, value_group = call.H / call.Hv;
+    const int64_t key_group = shared_key_heads(call), value_group = call.H / call.Hv;
     int64_t step = key_group;  // query heads of a unit: whole groups of both
     while (step % value_group != 0) step += key_group;
     const int64_t unit_keys = step / key_group, unit_values = step / value_group, units_of_batch = call.H / step, units = call.B * units_of_batch;
@@ -140,7 +144,7 @@ static void attend_packed(const Call& call) {
 #pragma omp for schedule(static) nowait
             for (int64_t n = 0; n < here * unit_keys * panels; ++n) {
                 const int64_t item = n / panels, unit = first_unit + item / unit_keys;
-                pack_keys(call, unit / units_of_batch, unit % units_of_batch * unit_keys + item % unit_keys, n % panels, keys + item * key_size + n % panels * PANEL * D);
+                pack_keys(call, unit / units_of_batch, (unit % units_of_batch * unit_keys + item % unit_keys) * key_group, n % panels, keys + item * key_size + n % panels * PANEL * D, std::make_index_sequence<PARTS>());
             }
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < here * unit_values * panels; ++n) {

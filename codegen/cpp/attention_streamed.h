@@ -1,78 +1,28 @@
 // Few query rows, as in decoding: the time is that of reading keys and values once. They are read in place, a chunk at a time for
 // all query heads that share them; where there are fewer KV heads than threads, the keys of a head are split among threads.
 
-constexpr int CHUNK = 64;        // keys
-constexpr int STREAM_ROWS = 32;  // query rows that share one reading, at most
-constexpr int DP = int(round_up(D, VL));
-
-// lane n of the result is the sum of x[n]'s lanes: a tree of log2(VL) levels instead of VL sums of their own
-template <int step, size_t... lane>
-INLINE Vector add_pair(Vector x, Vector y, std::index_sequence<lane...>) {
-    return __builtin_shufflevector(x, y, (lane & step ? int(lane) + VL : int(lane))...) +
-           __builtin_shufflevector(x, y, (lane & step ? int(lane ^ step) + VL : int(lane ^ step))...);
-}
-template <int step>
-INLINE Vector sums_of(const Vector* x) {
-    if constexpr (step == 0) return x[0];
-    else return add_pair<step>(sums_of<step / 2>(x), sums_of<step / 2>(x + step), std::make_index_sequence<VL>());
-}
-
-// scores[n] = q . keys[n] for n < count, rounded up to VL; the rows behind the last one repeat it
-INLINE void dot_keys(const float* q, const float* keys, int64_t stride, int count, float* scores) {
-    for (int first = 0; first < count; first += VL) {
-        Vector sums[VL];
-#pragma GCC unroll 16
-        for (int lane = 0; lane < VL; ++lane) {
-            const float* key = keys + (first + lane < count ? first + lane : count - 1) * stride;
-            sums[lane] = load_vector(q) * load_vector(key);
-#pragma GCC unroll 16
-            for (int d = VL; d < DP; d += VL) sums[lane] += load_vector(q + d) * load_vector(key + d);
-        }
-        store_vector(scores + first, sums_of<VL / 2>(sums));
-    }
-}
-
-template <int N>
-INLINE void add_values(const float* p, const float* values, int64_t stride, int count, float* sums) {
-    Vector total[N];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) total[n] = load_vector(sums + n * VL);
-    for (int key = 0; key < count; ++key)
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) total[n] += p[key] * load_vector(values + key * stride + n * VL);
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) store_vector(sums + n * VL, total[n]);
-}
-
-// `count` rows in fp32, in place where they already are: returns where they lie, and their stride
-template <int width, int padded>
-INLINE const float* stage_rows(const Element* from, const int64_t* stride, int count, float* to, int64_t* row_stride) {
-    if constexpr (std::is_same_v<Element, float> && width == padded)
-        if (stride[3] == 1) {
-            *row_stride = stride[2];
-            return reinterpret_cast<const float*>(from);
-        }
-    *row_stride = padded;
-    for (int n = 0; n < count; ++n)
-        for (int d = 0; d < padded; d += VL) store_vector(to + n * padded + d, gather_vector(from + n * stride[2] + d * stride[3], stride[3], width - d));
-    return to;
-}
-
 // The query heads [head, head + heads) of one batch entry and one KV head, all query positions.
 struct Group {
     int64_t b, head;
     int heads;
 };
 
-// The keys [j_lo, j_hi) for all rows of a group: q [rows, DP]; sums [rows, DVP] and states are written.
+template <size_t... part>
+INLINE void stage_keys(const KeyElement* const* keys, const int64_t* const* strides, int64_t j, int count, float* staged, KeyRows& rows, std::index_sequence<part...>) {
+    ((rows.at[part] = stage_rows<PART_SIZE[part]>(keys[part] + j * strides[part][2], strides[part], count, staged + padded_start(part), DP, &rows.stride[part])), ...);
+}
+
+// The keys [j_lo, j_hi) for all rows of a group: q [rows, DP]; sums [rows, DVP] and states are written. q and sums have whole tiles of rows.
 static void stream_keys(const Call& call, const Group& group, int64_t j_lo, int64_t j_hi, bool exact, const float* q, float* scratch, float* sums, RowState* states) {
-    const int rows = group.heads * int(call.Tq);
+    const int rows = group.heads * int(call.Tq), padded_rows = int(round_up(rows, TILE_ROWS_OF_KEYS));
     const float masked = exact ? FILL : -std::numeric_limits<float>::infinity();
     float *staged = scratch, *scores = scratch + CHUNK * (DP > DVP ? DP : DVP);
-    const Element* keys = call.k + group.b * call.k_stride[0] + group.head / (call.H / call.Hk) * call.k_stride[1];
-    const Element* values = call.v + group.b * call.v_stride[0] + group.head / (call.H / call.Hv) * call.v_stride[1];
+    const KeyElement* keys[PARTS];
+    for (int part = 0; part < PARTS; ++part) keys[part] = call.k[part] + group.b * call.k_stride[part][0] + group.head / (call.H / call.Hk[part]) * call.k_stride[part][1];
+    const ValueElement* values = call.v + group.b * call.v_stride[0] + group.head / (call.H / call.Hv) * call.v_stride[1];
+    const bool values_are_keys = PART_SIZE[0] >= DV && std::is_same_v<KeyElement, ValueElement> && static_cast<const void*>(values) == keys[0] && call.v_stride[2] == call.k_stride[0][2] && call.v_stride[3] == call.k_stride[0][3];  // a latent is both
     for (int r = 0; r < rows; ++r) states[r] = start_row(-std::numeric_limits<float>::infinity());
-    std::memset(sums, 0, sizeof(float) * size_t(rows) * DVP);
+    std::memset(sums, 0, sizeof(float) * size_t(padded_rows) * DVP);
     const auto unseen = [&](int64_t from, int64_t to) {  // is the tile empty for every head?
         if (exact) return false;
         for (int64_t h = group.head; h < group.head + (MASK_USES_HEAD ? group.heads : 1); ++h)
@@ -86,10 +36,11 @@ static void stream_keys(const Call& call, const Group& group, int64_t j_lo, int6
         for (int64_t j = span; j < span_end; j += CHUNK) {
             const int count = int(j + CHUNK < span_end ? CHUNK : span_end - j);
             if (unseen(j, j + count)) continue;
-            int64_t stride;
-            const float* rows_of_k = stage_rows<D, DP>(keys + j * call.k_stride[2], call.k_stride, count, staged, &stride);
-            for (int r = 0; r < rows; ++r) dot_keys(q + r * DP, rows_of_k, stride, count, scores + r * CHUNK);
-            const float* rows_of_v = stage_rows<DV, DVP>(values + j * call.v_stride[2], call.v_stride, count, staged, &stride);
+            KeyRows rows_of_k;
+            stage_keys(keys, call.k_stride, j, count, staged, rows_of_k, std::make_index_sequence<PARTS>());
+            dot_keys(q, rows_of_k, rows, count, scores);
+            int64_t stride = rows_of_k.stride[0];
+            const float* rows_of_v = values_are_keys ? rows_of_k.at[0] : stage_rows<DV>(values + j * call.v_stride[2], call.v_stride, count, staged, DVP, &stride);
             for (int r = 0; r < rows; ++r) {
                 const int64_t h = group.head + r / call.Tq, i = r % call.Tq;
                 float* row = scores + r * CHUNK;
@@ -97,17 +48,24 @@ static void stream_keys(const Call& call, const Group& group, int64_t j_lo, int6
                 const float shrink = update_row(states[r], row, count);
                 if (shrink != 1.0f)
                     for (int d = 0; d < DVP; d += VL) store_vector(sums + r * DVP + d, load_vector(sums + r * DVP + d) * shrink);
-                constexpr int WIDE = 8 * VL;
-                int d = 0;
-                for (; d + WIDE <= DVP; d += WIDE) add_values<8>(row, rows_of_v + d, stride, count, sums + r * DVP + d);
-                if constexpr (DVP % WIDE > 0) add_values<DVP % WIDE / VL>(row, rows_of_v + d, stride, count, sums + r * DVP + d);
             }
+            add_values(scores, rows_of_v, stride, rows, count, sums);
         }
     }
 }
 
+// The queries of a group, scaled, in rows whose parts are padded to whole vectors.
+INLINE void load_rows(const Call& call, const Group& group, int rows, int padded_rows, float* q) {
+    std::memset(q, 0, sizeof(float) * size_t(padded_rows) * DP);
+    for (int r = 0; r < rows; ++r) {
+        const Element* from = call.q + group.b * call.q_stride[0] + (group.head + r / call.Tq) * call.q_stride[1] + r % call.Tq * call.q_stride[2];
+        for (int part = 0, d = 0; part < PARTS; ++part)
+            for (int n = 0; n < PART_SIZE[part]; ++n, ++d) q[r * DP + padded_start(part) + n] = element(from[d * call.q_stride[3]]) * SCALE;
+    }
+}
+
 // One softmax from the parts that threads made of a row, and the sink. Writes the row; false where masked keys still have to be added.
-static bool combine_row(const Call& call, int64_t b, int64_t h, int64_t i, int splits, const float* sums, const RowState* states, int64_t split_rows, bool exact) {
+static bool combine_row(const Call& call, int64_t b, int64_t h, int64_t i, int splits, const float* sums, int64_t split_sums, const RowState* states, int64_t split_rows, bool exact) {
     RowState whole = start_row(sink_of(call, b, h, i));
     const float sink = whole.top;
     for (int n = 0; n < splits; ++n) whole.top = states[n * split_rows].top > whole.top ? states[n * split_rows].top : whole.top;
@@ -119,7 +77,7 @@ static bool combine_row(const Call& call, int64_t b, int64_t h, int64_t i, int s
         const RowState& part = states[n * split_rows];
         const float share = part.top == whole.top ? 1.0f : ratio(part.top, shift);
         whole.total += part.total * share;
-        for (int d = 0; d < DVP; ++d) merged[d] += sums[n * split_rows * DVP + d] * share;
+        for (int d = 0; d < DVP; ++d) merged[d] += sums[n * split_sums + d] * share;
     }
     write_row(call, b, h, i, merged, whole);
     return true;
@@ -127,25 +85,21 @@ static bool combine_row(const Call& call, int64_t b, int64_t h, int64_t i, int s
 
 // Query heads that share a reading: as many as have the same key head and value head, and at most STREAM_ROWS rows.
 INLINE int64_t shared_heads(const Call& call) {
-    int64_t shared = call.H / call.Hk, rest = call.H / call.Hv;
-    while (rest != 0) {  // the greatest common divisor
-        const int64_t next = shared % rest;
-        shared = rest, rest = next;
-    }
+    const int64_t shared = common_divisor(shared_key_heads(call), call.H / call.Hv);
     int64_t heads = shared;
     while (heads > 1 && (heads * call.Tq > STREAM_ROWS || shared % heads != 0)) --heads;
     return heads;
 }
 
 static void attend_streamed(const Call& call) {
-    const int heads = int(shared_heads(call)), rows = heads * int(call.Tq), threads = omp_get_max_threads();
+    const int heads = int(shared_heads(call)), rows = heads * int(call.Tq), padded_rows = int(round_up(rows, TILE_ROWS_OF_KEYS)), threads = omp_get_max_threads();
     const int64_t per_batch = call.H / heads, groups = call.B * per_batch, longest = (call.Tk + 4 * CHUNK - 1) / (4 * CHUNK);
     // Enough parts for all threads, each of at least four chunks.
     const int splits = int(groups >= 4 * threads ? 1 : smaller(longest, (4 * threads + groups - 1) / groups));
     const int64_t part_keys = round_up((call.Tk + splits - 1) / splits, CHUNK);
     const int64_t total_rows = groups * splits * rows, scratch_size = STREAM_ROWS * (DP + CHUNK) + CHUNK * (DP > DVP ? DP : DVP);
-    Workspace workspace(total_rows * (DVP + 2) + 2 * groups + threads * scratch_size + 64);
-    float *sums = workspace.take(total_rows * DVP), *scratch = workspace.take(threads * scratch_size);
+    Workspace workspace(groups * splits * padded_rows * DVP + total_rows * 2 + 2 * groups + threads * scratch_size + 64);
+    float *sums = workspace.take(groups * splits * padded_rows * DVP), *scratch = workspace.take(threads * scratch_size);
     RowState* states = reinterpret_cast<RowState*>(workspace.take(total_rows * 2));
     int32_t* parts_done = reinterpret_cast<int32_t*>(workspace.take(groups));  // of each group
     int32_t* again = reinterpret_cast<int32_t*>(workspace.take(groups));       // groups with rows that masked keys reach
@@ -162,17 +116,14 @@ static void attend_streamed(const Call& call) {
                 const int64_t n = part / splits;
                 const Group group{n / per_batch, n % per_batch * heads, heads};
                 if (exact && !again[n]) continue;
-                for (int r = 0; r < rows; ++r) {
-                    const Element* from = call.q + group.b * call.q_stride[0] + (group.head + r / call.Tq) * call.q_stride[1] + r % call.Tq * call.q_stride[2];
-                    for (int d = 0; d < DP; ++d) q[r * DP + d] = d < D ? element(from[d * call.q_stride[3]]) * SCALE : 0.0f;
-                }
+                load_rows(call, group, rows, padded_rows, q);
                 const int64_t j_lo = smaller(part % splits * part_keys, call.Tk), j_hi = smaller(j_lo + part_keys, call.Tk);
-                stream_keys(call, group, j_lo, j_hi, exact, q, q + STREAM_ROWS * DP, sums + part * rows * DVP, states + part * rows);
+                stream_keys(call, group, j_lo, j_hi, exact, q, q + STREAM_ROWS * DP, sums + part * padded_rows * DVP, states + part * rows);
                 // Whoever finishes a group's last part puts the parts together: no thread waits for another.
                 if (__atomic_add_fetch(&parts_done[n], 1, __ATOMIC_ACQ_REL) < splits) continue;
                 for (int r = 0; r < rows; ++r) {
-                    const int64_t at = n * splits * rows + r;
-                    again[n] |= !combine_row(call, group.b, group.head + r / call.Tq, r % call.Tq, splits, sums + at * DVP, states + at, rows, exact);
+                    const float* first = sums + (n * splits * padded_rows + r) * DVP;
+                    again[n] |= !combine_row(call, group.b, group.head + r / call.Tq, r % call.Tq, splits, first, padded_rows * DVP, states + n * splits * rows + r, rows, exact);
                 }
                 any_again = any_again || again[n] != 0;
             }

@@ -4,7 +4,7 @@
 // [D][PANEL], changed in place to probabilities, and multiplied with the values, so that they never leave the L1 cache.
 
 constexpr int PANEL = NV * VL;                              // keys in a packed panel
-constexpr int BLOCK = D <= 128 && DV <= 128 ? 256 : 128;    // keys between two updates of the running maximum: K and V blocks stay in L2
+constexpr int BLOCK = D <= 128 && DV <= 128 ? 256 : D <= 256 && DV <= 256 ? 128 : PANEL;  // keys between two updates of the running maximum: K and V blocks stay in L2
 constexpr int DVP = int(round_up(DV, VL));                  // value columns, padded
 constexpr int VALUE_STRIPES = (DVP / VL + NV - 1) / NV;     // values are packed in stripes of at most NV vectors
 constexpr int STRIPE = (DVP / VL + VALUE_STRIPES - 1) / VALUE_STRIPES;  // vectors in a stripe; the last may have fewer
@@ -101,3 +101,11 @@ INLINE void write_row(const Call& call, int64_t b, int64_t h, int64_t i, const f
 
 // Starting threads costs as much as half a million multiplications, about 10 us.
 INLINE bool is_worth_threads(const Call& call) { return double(call.B * call.H * call.Tq) * double(call.Tk) * (D + DV) > 5e5; }
+
+constexpr int64_t common_divisor(int64_t x, int64_t y) { return y == 0 ? x : common_divisor(y, x % y); }
+// Query heads, neighbours, that have the same key in every part.
+INLINE int64_t shared_key_heads(const Call& call) {
+    int64_t shared = call.H / call.Hk[0];
+    for (int part = 1; part < PARTS; ++part) shared = common_divisor(shared, call.H / call.Hk[part]);
+    return shared;
+}

@@ -214,7 +214,7 @@ def test_any_number_of_threads(built, threads):
 
 
 def test_refusals():
-    for options in ({"q_dtype": torch.float64}, {"head_dim": 257}, {"value_dim": 0}, {"capture_dtypes": [torch.complex64], "capture_ranks": [1]}):
+    for options in ({"q_dtype": torch.float64}, {"head_dim": 1025}, {"value_dim": 0}, {"capture_dtypes": [torch.complex64], "capture_ranks": [1]}):
         with pytest.raises(UnsupportedError):
             emit(Variant(), **{"q_dtype": torch.float32, "head_dim": 8, "value_dim": 8} | options)
     with pytest.raises(UnsupportedError, match="2 indices"):

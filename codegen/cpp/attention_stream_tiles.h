@@ -1,0 +1,131 @@
+// Products of a few query rows with a chunk of keys and values that lie as rows in memory, not packed.
+
+constexpr int CHUNK = 64;        // keys
+constexpr int STREAM_ROWS = 32;  // query rows that share one reading, at most
+constexpr int FROM_TILES = 3;    // from so many rows on, a vector of a key or value is loaded once for several of them
+
+// Queries and staged keys lie with every part of the head dim padded to whole vectors.
+constexpr int padded_start(int part) {
+    int at = 0;
+    for (int n = 0; n < part; ++n) at += int(round_up(PART_SIZE[n], VL));
+    return at;
+}
+constexpr int DP = padded_start(PARTS);
+
+// Rows in fp32: every part of a row somewhere, with a distance of its own to the next row.
+struct KeyRows {
+    const float* at[PARTS];
+    int64_t stride[PARTS];
+};
+
+// lane n of the result is the sum of x[n]'s lanes: a tree of log2(VL) levels instead of VL sums of their own
+template <int step, size_t... lane>
+INLINE Vector add_pair(Vector x, Vector y, std::index_sequence<lane...>) {
+    return __builtin_shufflevector(x, y, (lane & step ? int(lane) + VL : int(lane))...) +
+           __builtin_shufflevector(x, y, (lane & step ? int(lane ^ step) + VL : int(lane ^ step))...);
+}
+template <int step>
+INLINE Vector sums_of(const Vector* x) {
+    if constexpr (step == 0) return x[0];
+    else return add_pair<step>(sums_of<step / 2>(x), sums_of<step / 2>(x + step), std::make_index_sequence<VL>());
+}
+
+// scores[r][n] = q[r] . keys[n] for R rows and n < count, rounded up to VL / R; the keys behind the last one repeat it.
+// VL products at a time: their sums are one tree, and a vector of a key is loaded once for R rows.
+template <int R>
+INLINE void dot_tile(const float* q, const KeyRows& keys, int first, int count, float* scores) {
+    constexpr int C = VL / R;
+    Vector sums[VL] = {};
+#pragma GCC unroll 2
+    for (int part = 0; part < PARTS; ++part) {
+        const float* key[C];
+#pragma GCC unroll 16
+        for (int c = 0; c < C; ++c) key[c] = keys.at[part] + (first + c < count ? first + c : count - 1) * keys.stride[part];
+        const int start = padded_start(part), width = int(round_up(PART_SIZE[part], VL));
+#pragma GCC unroll 1
+        for (int d = 0; d < width; d += VL) {
+            Vector columns[C];
+#pragma GCC unroll 16
+            for (int c = 0; c < C; ++c) columns[c] = load_vector(key[c] + d);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                const Vector x = load_vector(q + r * DP + start + d);
+#pragma GCC unroll 16
+                for (int c = 0; c < C; ++c) sums[r * C + c] += x * columns[c];
+            }
+        }
+    }
+    float found[VL];
+    store_vector(found, sums_of<VL / 2>(sums));
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) std::memcpy(scores + r * CHUNK + first, found + r * C, sizeof(float) * C);
+}
+
+constexpr int TILE_ROWS_OF_KEYS = VL == 4 ? 2 : 4;
+
+// scores [rows, CHUNK] of the keys [0, count); q and scores have whole tiles of rows
+static __attribute__((noinline)) void dot_keys(const float* q, const KeyRows& keys, int rows, int count, float* scores) {
+    if (rows < FROM_TILES) {
+        for (int r = 0; r < rows; ++r)
+            for (int first = 0; first < count; first += VL) dot_tile<1>(q + r * DP, keys, first, count, scores + r * CHUNK);
+    } else {
+        constexpr int R = TILE_ROWS_OF_KEYS;
+        for (int first = 0; first < count; first += VL / R)
+            for (int r = 0; r < rows; r += R) dot_tile<R>(q + r * DP, keys, first, count, scores + r * CHUNK);
+    }
+}
+
+// sums[r] (+)= sum over keys of p[r][key] values[key], R rows by N vectors of columns
+template <int R, int N>
+INLINE void value_tile(const float* p, const float* values, int64_t stride, int count, float* sums) {
+    Vector total[R][N];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) total[r][n] = load_vector(sums + r * DVP + n * VL);
+#pragma GCC unroll 1
+    for (int key = 0; key < count; ++key) {
+        Vector columns[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) columns[n] = load_vector(values + key * stride + n * VL);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) total[r][n] += p[r * CHUNK + key] * columns[n];
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) store_vector(sums + r * DVP + n * VL, total[r][n]);
+}
+template <int R, int N>
+INLINE void value_rows(const float* p, const float* values, int64_t stride, int count, float* sums) {
+    int d = 0;
+#pragma GCC unroll 1
+    for (; d + N * VL <= DVP; d += N * VL) value_tile<R, N>(p, values + d, stride, count, sums + d);
+    if constexpr (DVP / VL % N > 0) value_tile<R, DVP / VL % N>(p, values + d, stride, count, sums + d);
+}
+
+// sums [rows, DVP] += p [rows, CHUNK] values [count]; p and sums have whole tiles of rows
+static __attribute__((noinline)) void add_values(const float* p, const float* values, int64_t stride, int rows, int count, float* sums) {
+    constexpr int R = TILE_ROWS_OF_KEYS;
+    if (rows < FROM_TILES)
+        for (int r = 0; r < rows; ++r) value_rows<1, 8>(p + r * CHUNK, values, stride, count, sums + r * DVP);
+    else
+        for (int r = 0; r < rows; r += R) value_rows<R, VL == 16 ? 6 : 2>(p + r * CHUNK, values, stride, count, sums + r * DVP);
+}
+
+// `count` rows of `width` in fp32, in place where they already are: returns where they lie, and their stride; else copied to rows of `row`
+template <int width, class Stored>
+INLINE const float* stage_rows(const Stored* from, const int64_t* stride, int count, float* to, int64_t row, int64_t* row_stride) {
+    constexpr int padded = int(round_up(width, VL));
+    if constexpr (std::is_same_v<Stored, float> && width == padded)
+        if (stride[3] == 1) {
+            *row_stride = stride[2];
+            return reinterpret_cast<const float*>(from);
+        }
+    *row_stride = row;
+    for (int n = 0; n < count; ++n)
+        for (int d = 0; d < padded; d += VL) store_vector(to + n * row + d, gather_vector(from + n * stride[2] + d * stride[3], stride[3], width - d));
+    return to;
+}
