@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..compiler.errors import ConversionError, OptionError
-from .grouping import group_heads
-from .merge import METHODS, Heads, merge_layer, ratio, refit_output, similarity
+from ..compiler.ir.head_groups import group_heads
+from ..compiler.ir.head_merge import METHODS, Heads, merge_layer, ratio, refit_output, similarity
 from .observe import Inputs, Stop, calibration_inputs, evaluating, hooked, probe_calls, random_inputs, run
 from .probe import Gauge, attention_received, cast, find_gauge, isolated
 from .report import ConversionReport, LayerReport

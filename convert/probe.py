@@ -1,6 +1,6 @@
 """Try out, on a copy of an attention module in float64, which changes of its weights leave its output as it was.
 
-A module says nothing of its rotary layout, a cap, a gate or a norm between its projections. Each has a signature: the gauge (merge.py)
+A module says nothing of its rotary layout, a cap, a gate or a norm between its projections. Each has a signature: the gauge (head_merge.py)
 under which the output stays. So random members of it are applied, and the module is run on what it saw in the model.
 """
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..compiler.errors import ConversionError
-from .merge import Heads, as_pairs, from_pairs
+from ..compiler.ir.head_merge import Heads, as_pairs, from_pairs
 from .sites import Site, read, write
 
 # Modules with an fp32 softmax or rotary table inside agree to 1e-6; a wrong gauge changes the output by 0.1 and more.

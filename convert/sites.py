@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compiler.errors import ConversionError
-from .merge import Heads
+from ..compiler.ir.head_merge import Heads
 
 ROLES = {
     "q": ("q_proj", "wq", "query", "q", "q_lin"),

@@ -21,7 +21,7 @@ ALLOWED = {
     "tileweld.codegen": COMMON,
     "tileweld.runtime": COMMON,
     "tileweld.models": (),
-    "tileweld.convert": ("tileweld.compiler.errors",),
+    "tileweld.convert": ("tileweld.compiler.ir", "tileweld.compiler.errors"),
 }
 MODELS_OUTSIDE = {"torch", *sys.stdlib_module_names}
 

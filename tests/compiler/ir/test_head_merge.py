@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tileweld.convert.grouping import EXACT_HEADS, group_heads, total
-from tileweld.convert.merge import Heads, as_pairs, from_pairs, merge_layer, merge_pairs, merge_rows, ratio, refit_output, root, similarity
+from tileweld.compiler.ir.head_groups import EXACT_HEADS, group_heads, total
+from tileweld.compiler.ir.head_merge import Heads, as_pairs, from_pairs, merge_layer, merge_pairs, merge_rows, ratio, refit_output, root, similarity
 
 few = settings(max_examples=15, deadline=None)
 HALF = torch.arange(4).view(2, -1).T
