@@ -79,21 +79,22 @@ def finish(core: Core, source: Node) -> Match:
         raise Refused("a softmax without its maximum subtracted, where a row may hold only huge negative scores", source, "write softmax(x, dim), or mask with -inf")
     if layout(core.root, core.out_index, with_groups(core.out_index, {**core.roles.sizes, core.value_symbol: core.v[0].length})) is None:
         raise Refused("the result mixes batch, heads and positions in one dim", source)
+    factor = core.v[0].operand.factor
     texts, tables = [], []
-    for e in (core.score, mask, core.sink):
+    for e in (core.score, mask, core.sink, factor if factor != 1 else None):
         if e is not None:
             e, found = tabulate(tighten(e, ranges), ranges, taken=len(tables))
             tables += found
         texts.append(e)
     names, captures, sizes = _names(texts, core, tables)
-    score, mask, sink = (e if e is None else e.xreplace(names) for e in texts)
-    arguments = (text(score), text(mask), float(fill), text(sink) if sink is not None else "", empty)
+    score, mask, sink, factor = (e if e is None else e.xreplace(names) for e in texts)
+    arguments = (text(score), text(mask), float(fill), text(sink) if sink is not None else "", empty, *((text(factor),) if factor is not None else ()))
 
     def build(graph: Graph) -> Node:
         return _build(graph, core, captures, sizes, arguments)
 
     inputs = tuple(dict.fromkeys([p.operand.node for p in (*core.q, *core.k, *core.v)] + [c for c in captures if isinstance(c, Node)]))
-    detail = f"score={arguments[0]}" + (f" mask={arguments[1]}" if arguments[1] != "True" else "") + (f" sink={arguments[3]}" if sink is not None else "") + _groups_text(core)
+    detail = f"score={arguments[0]}" + (f" mask={arguments[1]}" if arguments[1] != "True" else "") + (f" sink={arguments[3]}" if sink is not None else "") + (f" value={arguments[5]}" if factor is not None else "") + _groups_text(core)
     return Match(core.root, inputs, build, detail)
 
 
@@ -139,7 +140,7 @@ def _build(graph, core, captures, sizes, arguments):
     nodes = [p.operand.node for p in (*core.q, *core.k, *core.v)]
     sources = [*sizes_of_nodes(nodes), (sympy.nan, core.root, 0)]  # root's own sizes are none: it is computed later, and only marks the place
     dtype = None
-    for node in [*nodes, core.root]:  # the result is rounded once, to what the model returns
+    for node in [*(n for n in nodes if value(n).dtype != torch.int8), core.root]:  # the result is rounded once, to what the model returns
         dtype = value(node).dtype if dtype is None else torch.promote_types(dtype, value(node).dtype)
     q = _assemble(graph, core.q, [sc.B, sc.H, sc.I], roles, sources, dtype, every_head=True)
     k = _assemble(graph, core.k, [sc.B, sc.H, sc.J], roles, sources, dtype, every_head=len(core.k) > 1)
@@ -174,7 +175,7 @@ def _assemble(graph, parts, symbols, roles, sources, dtype, every_head):
             x = insert(graph, aten.expand.default, x, [size_node(graph, n, sources) for n in full])
         if part.scale != 1.0:
             x = insert(graph, aten.mul.Tensor, x, part.scale)
-        if value(x).dtype != dtype:
+        if value(x).dtype != dtype and not (len(parts) == 1 and value(x).dtype == torch.int8):
             x = insert(graph, aten.to.dtype, x, dtype)
         pieces.append(x)
     return pieces[0] if len(pieces) == 1 else insert(graph, aten.cat.default, pieces, -1)

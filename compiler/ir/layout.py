@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass
 class Operand:
-    """q, k or v: node[index], times factor (an expression pulled out of ``node * scale``)."""
+    """q, k or v: node[index], times factor (an expression pulled out of ``node * scale``). The node of k and v may be int8: its elements are the numbers."""
 
     node: Node
     index: tuple
@@ -80,22 +80,23 @@ def look_behind(lift, node, index, sizes, reduced, role) -> Operand | None:
     """Walk from a contraction's operand through views, copies, casts up and scalar factors to the tensor worth reading.
 
     Stops right behind the last step that saves something (an expand, a copy, a cast, a factor); plain views are left to the
-    model. ``reduced`` is the index of the head dim: a factor may not depend on it, and v (``role`` "v") has none. None where no
-    layout fits.
+    model. ``reduced`` is the index of the head dim: a factor may not depend on it, and v (``role`` "v") has one only where it dequantises
+    int8. None where no layout fits.
     """
     best, factor, useful, steps = None, Integer(1), True, 0
     while steps < 64:
         steps += 1
-        if useful and (dims := layout(node, index, with_groups(index, sizes))) is not None and _heads_fit(dims, role):
+        fits = role != "v" or factor == 1 or value(node).dtype == torch.int8
+        if useful and fits and (dims := layout(node, index, with_groups(index, sizes))) is not None and _heads_fit(dims, role):
             best, useful = Operand(node, tuple(index), factor), False
         target = node.target if node.op == "call_function" else None
         try:
             if target in VIEWS and target not in (aten.slice.Tensor, aten.select.int, aten.flip.default):
                 source, index = VIEWS[target](lift, node, index)
                 useful |= target in COMPRESSING
-            elif target in (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.type_as.default) and _keeps_value(node):
+            elif target in (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.type_as.default) and _keeps_value(node, role):
                 source, useful = node.args[0], True
-            elif role != "v" and target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+            elif target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
                 source, index, scale = _scaled(lift, node, index, reduced)
                 factor, useful = sc.mul(factor, scale), True
             else:
@@ -106,8 +107,10 @@ def look_behind(lift, node, index, sizes, reduced, role) -> Operand | None:
     return best
 
 
-def _keeps_value(node) -> bool:
+def _keeps_value(node, role) -> bool:
     before, after = value(node.args[0]), value(node)
+    if before.dtype == torch.int8 and role != "q":  # 8 bits fit into the significand of any float
+        return after.dtype.is_floating_point and before.device == after.device
     return before.dtype.is_floating_point and before.dtype.itemsize <= after.dtype.itemsize and before.device == after.device and torch.promote_types(before.dtype, after.dtype) == after.dtype
 
 
