@@ -10,6 +10,7 @@ from . import log
 from .aot import compile_graph
 from .capture import cannot_capture, capture
 from .degrade import watch
+from .labels import label_inputs
 from .lower import lower
 from .options import Options
 from .pipeline import run
@@ -57,6 +58,7 @@ def rewrite(gm: GraphModule, example_inputs, options: Options, report: Report) -
         report.graphs.append(gm)
         return gm
     captured = capture(gm, example_inputs)
+    label_inputs(gm, captured)
     report.captured.append(_copy(captured))
     rewritten = run(captured, passes.PIPELINE, options, report)
     report.graphs.append(rewritten)

@@ -8,7 +8,8 @@ import torch
 from .. import passes
 from .backend import tileweld
 from .cost_report import launches
-from .lower import choose
+from .labels import label_inputs
+from .lower import choose, note_folded
 from .options import Options
 from .report import KernelUse, Report
 
@@ -45,6 +46,7 @@ def trace(fn: Callable, args=(), kwargs=None, *, dynamic: bool | None = None, op
     for aot in report.aot:
         choices = choose(aot.gm, checked)
         report.launches.append(launches(choices))
+        note_folded(aot.gm, report, aot.graph)
         for choice in choices:
             name = f"{choice.kernel.language}:{choice.kernel.name}" if choice.kernel is not None else choice.name
             report.kernels.append(KernelUse(choice.op, name, choice.reason, aot.graph))
@@ -56,23 +58,3 @@ def trace(fn: Callable, args=(), kwargs=None, *, dynamic: bool | None = None, op
 def _leaves(fn, args, kwargs) -> list[torch.Tensor]:
     tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     return [*tensors, *(fn.parameters() if isinstance(fn, torch.nn.Module) else ())]
-
-
-def label_inputs(traced: torch.fx.GraphModule, *graphs: torch.fx.GraphModule) -> None:
-    """Give the inputs of captured graphs the names that the user's module has for them, in meta["label"]."""
-    labels = [_label(node) for node in traced.graph.find_nodes(op="placeholder")]
-    for gm in graphs:
-        for node, label in zip(gm.graph.find_nodes(op="placeholder"), labels):
-            node.meta["label"] = label
-
-
-def _label(node: torch.fx.Node) -> str:
-    """model.layers.0.q_proj.weight for Dynamo's L['self']._modules['model']..."""
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    name = getattr(source, "name", None)
-    name = name() if callable(name) else name  # a method up to torch 2.11
-    if not isinstance(name, str):
-        return node.name
-    for noise in ("L['self']", "_modules", "_parameters", "_buffers", "L"):
-        name = name.removeprefix(noise) if noise.startswith("L") else name.replace("." + noise, "")
-    return name.replace("']['", ".").replace("['", ".").replace("']", "").strip(".") or node.name

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from .errors import OptionError
+from .ir.int8_scheme import Int8
 
 TARGETS = ("auto", "triton", "cpp", "reference")
 
@@ -29,6 +30,8 @@ TABLE: dict[str, Option] = {
     "strict": Option(False, "True | False", "raise RefusalError where a rewrite is refused, and BuildError where a kernel cannot be built", lambda v: isinstance(v, bool)),
     "fold_weights": Option(True, "True | False", "in inference, keep what depends on weights alone between calls, and compute it again when they change; False: compute it at every call", lambda v: isinstance(v, bool)),
     "passes": Option({}, "{pass name: True | False}", "turn passes on or off by name", _passes_ok),
+    "int8": Option(None, "weight_only | dynamic | llm_int8 | {'scheme': ..., 'group': 0, 'skip': [], 'lm_head': None, 'threshold': 6.0, 'force': False}", "in inference, run matrix products with weights of int8; see int8.md", lambda v: v is None or bool(Int8.parse(v))),
+    "gqa": Option(None, "a number of KV heads", "in inference, merge the KV heads of every attention into so many: lossy, opt-in, the residual is in the report; see accuracy.md", lambda v: v is None or type(v) is int and v >= 1),
 }
 
 
@@ -41,6 +44,8 @@ class Options:
     strict: bool = False
     fold_weights: bool = True
     passes: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+    gqa: int | None = None
+    int8: Int8 | None = None
 
     @classmethod
     def parse(cls, given: Mapping | None, pass_names: tuple[str, ...] = ()) -> Options:
@@ -57,4 +62,4 @@ class Options:
         for name in given.get("passes", {}):
             if name not in pass_names:
                 raise OptionError.unknown("pass", name, pass_names, where="options['passes']")
-        return cls(**given)
+        return cls(**{**given, "int8": Int8.parse(given.get("int8"))})

@@ -1,6 +1,8 @@
 """The pass driver: for every rewrite of the pipeline find its places, verify, replace, report."""
 from __future__ import annotations
 
+import math
+
 from torch.fx import GraphModule, Node
 
 from . import cost_report, log
@@ -23,7 +25,7 @@ def run(gm: GraphModule, passes, options: Options, report: Report) -> GraphModul
             rewrite.transform(gm)
             continue
         before = cost_report.snapshot(gm) if report.detailed else None
-        for found in rewrite.find(gm.graph):
+        for found in rewrite.find(gm.graph, *([getattr(options, rewrite.OPTION)] if hasattr(rewrite, "OPTION") else [])):
             if isinstance(found, Refusal):
                 _refuse(rewrite.NAME, found.reason, source_of(found.node), found.cure, options, report, number)
             else:
@@ -53,8 +55,8 @@ def _apply(name: str, gm: GraphModule, match: Match, options: Options, report: R
         node.meta.update((key, root.meta[key]) for key in ("recompute", "ac_graph_id") if key in root.meta)  # torch.utils.checkpoint's marks
         node.meta["tileweld_rewrite"] = name
     problem = problem or next((p for old, new in zip(roots, replacements, strict=True) if (p := _changed_type(old, new))), None)
-    if problem is None and options.verify:
-        problem = next((p for old, new in zip(roots, replacements) if (p := differs(gm, match.inputs, old, new))), None)
+    if problem is None and options.verify and match.tolerance < math.inf:  # what is lossy on purpose has nothing to compare
+        problem = next((p for old, new in zip(roots, replacements) if (p := differs(gm, match.inputs, old, new, match.tolerance))), None)
     if problem is not None:
         for node in reversed(made):
             if not node.users:

@@ -6,11 +6,8 @@ from torch.fx import GraphModule, Node
 
 from .ir.graph import is_tensor, value
 
-TOLERANCE = 1e-9  # relative to the largest value; float64 rounding over a softmax of a thousand terms stays below 1e-12
-
-
-def differs(gm: GraphModule, inputs: tuple[Node, ...], old: Node, new: Node) -> str | None:
-    """None when both give the same values in float64, else what differed. Integers and booleans are drawn from {0, 1}."""
+def differs(gm: GraphModule, inputs: tuple[Node, ...], old: Node, new: Node, tolerance: float = 1e-9) -> str | None:
+    """None when both give the same values in float64 to within tolerance of the largest, else what differed. Integers and booleans are drawn from {0, 1}."""
     replay = _Replay(gm, inputs)
     with torch.no_grad():
         a, b = replay(old), replay(new)
@@ -20,7 +17,7 @@ def differs(gm: GraphModule, inputs: tuple[Node, ...], old: Node, new: Node) -> 
         return f"verification: {int((a.isnan() != b.isnan()).sum())} elements are NaN on one side only"
     error = (torch.nan_to_num(a) - torch.nan_to_num(b)).abs().max().item() if a.numel() else 0.0
     scale = torch.nan_to_num(a).abs().max().item() if a.numel() else 0.0
-    if error > TOLERANCE * max(scale, 1e-30):
+    if error > tolerance * max(scale, 1e-30):
         return f"verification: the replacement differs by {error:.3g} where values reach {scale:.3g} (float64)"
     return None
 

@@ -2,7 +2,7 @@
 
 A rewrite is a module with NAME and find(graph), see compiler/ir/rewrite.py; a normalisation has transform(gm) instead.
 """
-from . import add_layer_norm, add_rms_norm, attention, canonicalise, cross_entropy, embedding_norm, gated_mlp, layer_norm, layer_norm_linear, linear, linear_epilogue, qkv_rotary, rms_norm, rms_norm_linear, rotary
+from . import add_layer_norm, add_rms_norm, attention, canonicalise, cross_entropy, embedding_norm, gated_mlp, int8, layer_norm, layer_norm_linear, linear, linear_epilogue, mha_to_gqa, qkv_rotary, rms_norm, rms_norm_linear, rotary
 
 PIPELINE = (
     canonicalise,  # first: what means the same is spelled the same, and nothing is written in place any more
@@ -14,10 +14,12 @@ PIPELINE = (
     qkv_rotary,  # the other linears of one x, with rotary on what has it -> tileweld::linear
     linear_epilogue,  # a linear and the pointwise chain behind it -> tileweld::linear
     linear,  # every other product with a weight -> tileweld::linear; what is left are products of activations
+    mha_to_gqa,  # fewer KV heads, where options ask for it; behind the matmuls, whose texts say what is a bias and what rotary
     rms_norm_linear,  # a norm that matmuls alone read -> their prologue; after them, since it asks who reads the norm
     layer_norm_linear,  # the same for layer norms
     rotary,  # x cos + partner(x) sin -> tileweld::rotary, where no projection has taken it: behind the norms of q and k
     embedding_norm,  # a sum of embeddings and its norm -> tileweld::embedding_norm; before add_norm, which would take the last addition alone
     add_rms_norm,  # x + residual and its norm, both used -> tileweld::add_rms_norm; after the matmuls have taken what they can
     add_layer_norm,  # the same for layer norms
+    int8,  # linear -> int8_linear with the texts that it has by then; where options ask for it, or a module holds int8
 )

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import RefusalError
 from .linear import NORMS, Spec, _library, _normalised, _outputs, compute_dtype, expanded, spec_of, widths
 
 ACTIVATIONS = ("float", "int8", "mixed")
@@ -46,7 +47,7 @@ def dequantized(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def quantized(x: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
     """(q int8 [N, K], scale float32 [N, K / group]) of x [N, K]; group 0: the row. Computed in float32, float64 for float64."""
-    wide = x.to(compute_dtype(x.dtype))
+    wide = x.to(compute_dtype(x.dtype)).contiguous()
     if x.shape[1] == 0:
         return torch.zeros(x.shape, dtype=torch.int8, device=x.device), torch.zeros((x.shape[0], 1), device=x.device)
     parts = wide.reshape(x.shape[0], x.shape[1] // (group or x.shape[1]), -1)
@@ -95,8 +96,11 @@ def quantize_rows(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """weight [N, K] of a float dtype, finite -> (q int8 [N, K], scale float32 [N, K / group]), both contiguous; group 0: one scale a row.
 
     |weight - q scale| <= scale / 2 wherever scale is a normal float; a zero group has scale 0. Symmetric: -128 is never used.
+    Raises RefusalError for a weight with inf or NaN.
     """
     _check_group(weight, group)
+    if not weight.isfinite().all():
+        raise RefusalError(f"a weight {[*weight.shape]} has inf or NaN, which int8 cannot hold", rewrite="int8", cure="leave its module out: options={'int8': {'scheme': ..., 'skip': [name]}}, or a filter_fn")
     return quantized(weight, group)
 
 
@@ -130,7 +134,7 @@ def _(q, scale, dtype, activation, threshold, columns):
 def _check_weight(q, scale, k, activation):
     torch._check(activation in ACTIVATIONS, lambda: f"int8: activation {activation!r}, expected one of {ACTIVATIONS}")
     torch._check(q.dim() == 2 and q.dtype == torch.int8 and q.shape[1] == k, lambda: f"int8: a weight of {q.dtype} {[*q.shape]} for rows of {k}, expected int8 [N, K]")
-    torch._check(scale.dim() == 2 and scale.dtype == torch.float32 and scale.shape[0] == q.shape[0] and scale.shape[1] > 0 and k % scale.shape[1] == 0,
+    torch._check(scale.dim() == 2 and scale.dtype in (torch.float32, torch.float64) and scale.shape[0] == q.shape[0] and scale.shape[1] > 0 and k % scale.shape[1] == 0,
                  lambda: f"int8: scales of {scale.dtype} {[*scale.shape]} for a weight {[*q.shape]}, expected float32 [N, K / group]")
     torch._check(activation == "float" or scale.shape[1] == 1, lambda: f"int8: {scale.shape[1]} scales a row with activations of int8, expected one")
 

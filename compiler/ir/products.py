@@ -14,6 +14,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import int8_linear as _int8_linear_op  # noqa: F401 (registers dequantize_rows)
 from .graph import argument, is_call, is_tensor, value
 from .views import VIEWS
 
@@ -97,7 +98,7 @@ def _problem(node, x, w, bias) -> str | None:
 
 def is_weight(node, anyway: bool = False) -> bool:
     """A parameter or a constant of the graph, through views and casts; ``anyway``: an input of the graph is one too."""
-    while isinstance(node, Node) and node.op == "call_function" and node.args and (node.target in VIEWS or is_call(node, aten.to.dtype)):
+    while isinstance(node, Node) and node.op == "call_function" and node.args and (node.target in VIEWS or is_call(node, aten.to.dtype, torch.ops.tileweld.dequantize_rows.default)):
         node = node.args[0]
     if not is_tensor(node):
         return False

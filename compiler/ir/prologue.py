@@ -108,7 +108,7 @@ def _build(graph: Graph, norm: Norm, ops: list[Node], items: list[Node]) -> list
         names |= {sc.capture_symbol(k, k in integers): sc.capture_symbol(_number(captures, c), k in integers) for k, c in enumerate(own_captures)}
         names |= {sc.size_symbol(k): sc.size_symbol(_number(sizes, n)) for k, n in enumerate(own_sizes)}
         first[op] = len(epilogues)
-        epilogues += texts if all(old == new for old, new in names.items()) else [_renamed(t, names, integers) for t in texts]
+        epilogues += texts if all(old == new for old, new in names.items()) else [renamed(t, names, integers) for t in texts]
         pairs += own_pairs
     vectors = [f"c{_number(captures, t)}[j]" for t in norm.tensors]
     widths = [known.shape[1] for op in ops for known in value(op)]
@@ -124,7 +124,8 @@ def _number(values: list, x) -> int:
     return len(values) - 1 if place is None else place
 
 
-def _renamed(words: str, names: dict, integers) -> str:
+def renamed(words: str, names: dict, integers) -> str:
+    """A text of the scalar language with its symbols replaced all at once; integers: numbers of the captures that hold integers."""
     fresh = {old: sympy.Dummy(integer=old.is_integer, real=old.is_real) for old in names}
     return text(parse(words, integers).xreplace(fresh).xreplace({fresh[old]: new for old, new in names.items()}))
 

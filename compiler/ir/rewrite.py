@@ -22,6 +22,7 @@ class Match:
     build:  inserts the replacement before root and returns the node that takes root's place (same shape and dtype)
     detail: one line for the report, e.g. "score=0.125*s mask=j <= i"
     also:   further nodes that are replaced, all after root in the graph; build then returns a tuple, root's node first
+    tolerance: what verification lets the replacement differ by, relative to the largest value; a rewrite that keeps the result has 1e-9
     """
 
     root: Node
@@ -29,6 +30,7 @@ class Match:
     build: Callable[[Graph], Node | tuple[Node, ...]]
     detail: str = ""
     also: tuple[Node, ...] = ()
+    tolerance: float = 1e-9  # float64 rounding over a softmax of a thousand terms stays below 1e-12
 
 
 @dataclasses.dataclass
@@ -53,7 +55,7 @@ class NotThePattern(Exception):
 
 
 class Rewrite(Protocol):
-    """What passes/__init__.PIPELINE lists: a module."""
+    """What passes/__init__.PIPELINE lists: a module. With OPTION = "int8" find is given that option's value too: find(graph, options.int8)."""
 
     NAME: str
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tileweld.compiler.errors import OptionError
+from tileweld.compiler.ir.int8_scheme import Int8
 from tileweld.compiler.options import TABLE, Options
 
 PASSES = ("attention", "rms_norm")
@@ -27,6 +28,12 @@ def test_what_is_given_is_kept():
     assert (made.target, made.verify, made.strict, made.passes) == ("cpp", True, True, {"attention": False})
 
 
+def test_int8_is_a_scheme_or_its_fields():
+    assert Options.parse({"int8": "dynamic"}).int8 == Options.parse({"int8": {"scheme": "dynamic"}}).int8 == Int8("dynamic")
+    made = Options.parse({"int8": {"scheme": "weight_only", "group": 64, "skip": ["a.b", "*.down"], "lm_head": False}}).int8
+    assert made.group == 64 and [bool(made.left_out(name)) for name in ("a.b", "x.a.b", "a.b.c", "a.bc", "x.down", "up", "lm_head")] == [True, True, True, False, True, False, True]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -38,6 +45,13 @@ def test_what_is_given_is_kept():
         ({"passes": ["attention"]}, "option 'passes'"),
         ({"passes": {"attention": "off"}}, "option 'passes'"),
         ({"passes": {"atention": False}}, "unknown pass 'atention' .*did you mean 'attention'"),
+        ({"int8": "int4"}, "unknown int8 scheme 'int4'.*weight_only, dynamic, llm_int8"),
+        ({"int8": 8}, "int8 is 8"),
+        ({"int8": {"group": 64}}, "unknown int8 scheme None"),
+        ({"int8": {"scheme": "weight_only", "groups": 64}}, "unknown field of int8 'groups'.*did you mean 'group'"),
+        ({"int8": {"scheme": "weight_only", "group": -1}}, "int8 field 'group' is -1"),
+        ({"int8": {"scheme": "weight_only", "skip": "lm_head"}}, "int8 field 'skip' is 'lm_head'.*expected a list"),
+        ({"int8": {"scheme": "dynamic", "group": 64}}, "groups of 64 with dynamic"),
         ([("target", "cpp")], "options must be a dict, not list"),
     ],
 )

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tileweld.compiler.errors import RefusalError
 from tileweld.compiler.ir.int8_linear import ACTIVATIONS, MOST_K, accumulators, dequantized, quantized
 
 T = torch.ops.tileweld
@@ -134,13 +135,23 @@ def test_opcheck(activation):
 
 def test_what_is_wrong_is_said():
     x, (q, s) = torch.randn(2, 8), weight(3, 8)
-    for wrong, words in (((x, q.float(), s, "float"), "expected int8"), ((x, q, s.double(), "float"), "expected float32"), ((x[0], q, s, "float"), "1 dims"), ((x, q, s, "int4"), "activation 'int4'"),
+    for wrong, words in (((x, q.float(), s, "float"), "expected int8"), ((x, q, s.half(), "float"), "expected float32"), ((x[0], q, s, "float"), "1 dims"), ((x, q, s, "int4"), "activation 'int4'"),
                          ((x, q, s.expand(3, 2).contiguous(), "int8"), "expected one"), ((x, q, s, "mixed", 6.0, torch.ones(7, dtype=torch.bool)), "bool"), ((x[:, :7], q, s, "float"), "rows of 7")):
         with pytest.raises(RuntimeError, match=words):
             call(*wrong)
     for bad in ((torch.randn(3, 8), 3), (torch.ones(3, 8, dtype=torch.int32), 0), (torch.randn(8), 0)):
         with pytest.raises(RuntimeError, match="quantize_rows"):
             T.quantize_rows(*bad)
+
+
+def test_weights_of_other_layouts_and_values():
+    w = torch.randn(12, 5)
+    for found, wanted in zip(T.quantize_rows(w.T, 4), T.quantize_rows(w.T.contiguous(), 4)):
+        assert torch.equal(found, wanted) and found.is_contiguous()
+    for bad in (math.inf, math.nan):
+        w[3, 2] = bad
+        with pytest.raises(RefusalError, match="inf or NaN.*skip"):
+            T.quantize_rows(w, 0)
 
 
 def test_quantising_again_changes_nothing():
