@@ -12,6 +12,7 @@ _LAZY = {
     "explain": ".compiler.explain",
     "Report": ".compiler.report",
     "DegradedWarning": ".compiler.degrade",
+    "refold": ".compiler.folded",
 }
 
 _PACKAGES = ("convert",)  # subpackages for users, reached as attributes without importing them first

@@ -78,7 +78,7 @@ class _Kept:
     """A value of one computation on certain weights, and what they were when it was made. Shared between the graphs that have it."""
 
     def __init__(self, sources: Sequence[torch.Tensor]):
-        self._references = [weakref.ref(w, self._gone) for w in sources]
+        self._references = tuple(weakref.ref(w, self._gone) for w in sources)
         self._lock = threading.Lock()
         self._state: tuple[tuple[_Seen, ...], object] | None = None  # one assignment: another thread sees all of it or nothing
         self.times = 0  # that it was computed
@@ -88,11 +88,16 @@ class _Kept:
 
     @property
     def is_dead(self) -> bool:
-        return any(r() is None for r in self._references)
+        return not self._references or any(r() is None for r in self._references)
+
+    def is_of(self, weights: set[int]) -> bool:
+        """Was it computed from one of these ids?"""
+        return any(id(r()) in weights for r in self._references)
 
     def forget(self) -> None:
-        """Compute it again at the next call."""
-        self._state = None
+        """Hold nothing, not even weak references to the weights; the next call makes another one."""
+        with self._lock:
+            self._state, self._references = None, ()
 
     def current(self, sources: Sequence[torch.Tensor]):
         """The value, if it is still right; else None."""
@@ -108,6 +113,8 @@ class _Kept:
         with self._lock:
             if (known := self.current(sources)) is not None:  # another thread was first
                 return known
+            if not self._references:  # forgotten meanwhile
+                return compute(*sources)
             seen = tuple(map(_Seen, sources, self._references))  # before it is computed: a write meanwhile is seen at the next call
             made = compute(*sources)
             self._state = seen, made
@@ -116,7 +123,6 @@ class _Kept:
 
 
 _shared: weakref.WeakValueDictionary[tuple, _Kept] = weakref.WeakValueDictionary()
-_of_weight: dict[int, weakref.WeakSet[_Kept]] = {}  # id of a weight -> what was computed from it
 _lock = threading.Lock()
 
 
@@ -127,21 +133,17 @@ def _kept(key: str, sources: Sequence[torch.Tensor]) -> _Kept:
         found = _shared.get(place)
         if found is None or found.is_dead:
             found = _shared[place] = _Kept(sources)
-            for w in sources:
-                if id(w) not in _of_weight:
-                    _of_weight[id(w)] = weakref.WeakSet()
-                    weakref.finalize(w, _of_weight.pop, id(w), None).atexit = False
-                _of_weight[id(w)].add(found)
         return found
 
 
 def refold(*weights: torch.Tensor) -> int:
     """Have what was computed from these weights (from any, without arguments) computed again at the next call; returns how many values that are.
 
-    For writes that leave no trace, see compiler/folded.py: through `.data` to a few elements, through numpy, by a kernel of one's own, on a GPU.
+    For writes that leave no trace, see compiler/folded.py: through `.data` to a few elements, through numpy, by a kernel of one's own, on a GPU. Before
+    torch.utils.swap_tensors too, which takes no tensor that somebody has a weak reference to.
     """
     with _lock:
-        found = {k for w in weights for k in _of_weight.get(id(w), ())} if weights else set(_shared.values())
+        found = [k for k in _shared.values() if not weights or k.is_of(set(map(id, weights)))]
     for kept in found:
         kept.forget()
     return len(found)
@@ -149,8 +151,12 @@ def refold(*weights: torch.Tensor) -> int:
 
 def _after_step(optimizer, args, kwargs) -> None:
     """Fused optimizers write weights and leave their version as it is."""
-    if _of_weight and (touched := [p for group in optimizer.param_groups for p in group["params"] if id(p) in _of_weight]):
-        refold(*touched)
+    if _shared:
+        touched = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        with _lock:
+            found = [k for k in _shared.values() if k.is_of(touched)]
+        for kept in found:
+            kept.forget()
 
 
 _hook = None
