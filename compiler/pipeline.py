@@ -42,7 +42,8 @@ def _apply(name: str, gm: GraphModule, match: Match, options: Options, report: R
     root, source = match.root, source_of(match.root)
     before = set(gm.graph.nodes)
     problem = None
-    with gm.graph.inserting_before(root), value(root).fake_mode:
+    known = value(root)[0] if isinstance(value(root), list) else value(root)
+    with gm.graph.inserting_before(root), known.fake_mode:
         try:
             new = match.build(gm.graph)
         except Unliftable as error:
