@@ -25,7 +25,7 @@ from ...compiler.ir import scalar as sc
 from ...compiler.ir.attention import Variant
 from ...compiler.ir.kernel import Kernel
 from .printer import SIZE_LIMIT, CppPrinter
-from .score import ELEMENTS, Captures, keys_source, linear_scale, row_source, simplify, sink_source, tile_source
+from .score import ELEMENTS, Captures, keys_source, linear_scale, row_source, simplify, sink_source, tile_source, value_source
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 1024  # a tile of queries and sums of 48 rows is then 384 KiB, beside a block of keys and values of 512 in an L2 cache of 1 MiB
@@ -34,11 +34,12 @@ _FOLDER = Path(__file__).parent
 
 
 def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[torch.dtype] = (), capture_ranks: Sequence[int] = (), head_dim: int, value_dim: int,
-         num_sizes: int = 0, queries: int | None = None, key_dims: Sequence[int] = ()) -> Kernel:
+         num_sizes: int = 0, queries: int | None = None, key_dims: Sequence[int] = (), k_dtype: torch.dtype | None = None,
+         v_dtype: torch.dtype | None = None) -> Kernel:
     """The kernel of a variant, for every B, H, Hk, Hv, Tq, Tk and all strides.
 
     queries: Tq, to which calls must keep, or None for any; all above `STREAMED` give the same kernel, all up to it another one.
-    q_dtype: of q, k, v and the output: float32, float16 or bfloat16. head_dim, value_dim: 1 to `MAX_HEAD_DIM`.
+    q_dtype: of q, k, v and the output: float32, float16 or bfloat16. k_dtype, v_dtype: int8 where k or v is (a quantised cache), None for q_dtype. head_dim, value_dim: 1 to `MAX_HEAD_DIM`.
     key_dims: head dims of the parts of the keys, which add up to head_dim, where they are several tensors [B, Hk, Tk, D] with an Hk each.
     Tensors of a call: [out, q, *parts of k, v, *captures], then the integers n0, n1, ...; no floats.
     Raises UnsupportedError for other dtypes and sizes.
@@ -51,19 +52,25 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
     key_dims = tuple(key_dims) or (head_dim,)
     if sum(key_dims) != head_dim or min(key_dims) < 1:
         raise UnsupportedError(f"keys of head dim {head_dim} in parts of {list(key_dims)}", cure="parts of at least 1 that add up to the head dim")
+    k_dtype, v_dtype = k_dtype or q_dtype, v_dtype or q_dtype
+    for name, dtype in (("k", k_dtype), ("v", v_dtype)):
+        if dtype not in (q_dtype, torch.int8):
+            raise UnsupportedError(f"no C++ attention kernel for q of {q_dtype} and {name} of {dtype}", cure="give them one dtype, or int8 keys and values")
     captures = Captures(tuple(capture_dtypes), tuple(capture_ranks))
     score, mask, fill = simplify(variant)
     scale = linear_scale(score)
     number = CppPrinter().float
     detail = f"score={variant.score} mask={variant.mask} {str(q_dtype).removeprefix('torch.')} head dim {head_dim}" + (f"/{value_dim}" if value_dim != head_dim else "")
+    detail += (f" k {_name(k_dtype)} v {_name(v_dtype)}" if {k_dtype, v_dtype} != {q_dtype} else "") + (f" value={variant.value}" if variant.value else "")
     parts = [
         f"// tileweld attention: out = softmax(where(mask, score, {variant.fill})) v, over tiles; from the rewrite `attention`\n"
         f"//   score  {variant.score}\n//   mask   {variant.mask}\n" + (f"//   sink   {variant.sink}\n" if variant.sink else "") +
-        f"//   dtypes {_dtypes(q_dtype, captures.dtypes)}; head dim {head_dim}, value dim {value_dim}\n#include <omp.h>\n",
+        (f"//   value  {variant.value}, a factor of the weights that the denominator does not see\n" if variant.value else "") +
+        f"//   dtypes {_dtypes(q_dtype, k_dtype, v_dtype, captures.dtypes)}; head dim {head_dim}, value dim {value_dim}\n#include <omp.h>\n",
         _text("vector.h"),
         _text("scalar_math.h"),
         "// ---- this variant\n",
-        f"using Element = {ELEMENTS[q_dtype]};  // of the queries and the output\nusing KeyElement = Element;\nusing ValueElement = Element;\n"
+        f"using Element = {ELEMENTS[q_dtype]};  // of the queries and the output\nusing KeyElement = {ELEMENTS[k_dtype]};\nusing ValueElement = {ELEMENTS[v_dtype]};\n"
         f"constexpr int D = {head_dim}, DV = {value_dim};\n"
         f"constexpr int PARTS = {len(key_dims)}, PART_SIZE[PARTS] = {{{', '.join(map(str, key_dims))}}};  // tensors that make up a key\n"
         f"constexpr float SCALE = {number(scale if scale is not None else 1.0)};  // of the dot product\n"
@@ -72,6 +79,7 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         f"constexpr int ANY_QUERIES = 0, FEW_QUERIES = 1, MANY_QUERIES = 2, WAYS = {0 if queries is None else 1 if queries <= STREAMED else 2}, MOST_STREAMED = {STREAMED};\n",
         _call_source(captures, num_sizes, len(key_dims)),
         row_source(captures, score, mask),
+        value_source(captures, variant.value_expr),
         tile_source(captures, mask),
         keys_source(captures, mask),
         sink_source(captures, variant.sink_expr),
@@ -88,8 +96,13 @@ def _text(name: str) -> str:
     return (_FOLDER / name).read_text()
 
 
-def _dtypes(q_dtype, capture_dtypes):
-    return ", ".join([f"q k v {q_dtype}"] + [f"c{k} {dtype}" for k, dtype in enumerate(capture_dtypes)]).replace("torch.", "")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtypes(q_dtype, k_dtype, v_dtype, capture_dtypes):
+    operands = [f"q k v {_name(q_dtype)}"] if {k_dtype, v_dtype} == {q_dtype} else [f"{name} {_name(dtype)}" for name, dtype in zip("qkv", (q_dtype, k_dtype, v_dtype))]
+    return ", ".join(operands + [f"c{k} {_name(dtype)}" for k, dtype in enumerate(capture_dtypes)])
 
 
 def _call_source(captures: Captures, num_sizes: int, parts: int) -> str:

@@ -30,7 +30,7 @@ static void pack_values(const Call& call, int64_t b, int64_t head, int64_t panel
     const int64_t* stride = call.v_stride;
     const int64_t first = panel * PANEL, last = first + PANEL < call.Tk ? first + PANEL : call.Tk;
     for (int64_t key = first; key < last; ++key) {
-        const Element* from = call.v + b * stride[0] + head * stride[1] + key * stride[2];
+        const ValueElement* from = call.v + b * stride[0] + head * stride[1] + key * stride[2];
         for (int d0 = 0; d0 < DVP; d0 += STRIPE * VL) {
             const int columns = DVP - d0 < STRIPE * VL ? DVP - d0 : STRIPE * VL;
             float* row = to + d0 * call.Tk + key * columns;
@@ -66,6 +66,7 @@ static __attribute__((noinline)) void attend_block(const Call& call, Tile& tile,
         if (r < rows) {
             score_row(call, row, b, h, first_row + group + r, j_lo, width, full, masked);
             const float shrink = update_row(tile.state[group + r], row, width);
+            value_row(call, row, b, h, first_row + group + r, j_lo, width);
             if (shrink != 1.0f)
                 for (int d = 0; d < DVP; d += VL) store_vector(sums + r * DVP + d, load_vector(sums + r * DVP + d) * shrink);
         } else {

@@ -1,4 +1,4 @@
-"""The part of an attention kernel that its variant decides: the captures, the score and mask of a row, the tests of a tile, the sink."""
+"""The part of an attention kernel that its variant decides: the captures, the score and mask of a row, the factor of its weights, the tests of a tile, the sink."""
 from __future__ import annotations
 
 import collections
@@ -124,21 +124,8 @@ def row_source(captures: Captures, score, mask) -> str:
     score, mask = placement.exprs
     checks = _index_checks(placement)
     printer = captures.printer({index for index, *_ in checks})
-    loop = [
-        "template <class Int, bool masks, bool inside>",
-        "static void score_keys(const Call& call, float* __restrict scores, int64_t batch, int64_t head, int64_t row, int64_t first_key, int width, float masked) {",
-        *_locals([*placement.values, score, mask], "Int", {"b": "batch", "h": "head", "i": "row"}),
-        *_definitions(placement.row, captures.printer(), 4),
-        "    for (int n = 0; n < width; ++n) {",
-        "        const Int j = Int(first_key) + n;",
-        "        const float s = scores[n];",
-        *_definitions(placement.key, printer, 8),
-        f"        const float score = {printer.real(score)};",
-        f"        scores[n] = !masks || ({printer(mask)}) ? score : masked;",
-        "    }",
-        "}",
-        "",
-    ]
+    body = [f"        const float score = {printer.real(score)};", f"        scores[n] = !masks || ({printer(mask)}) ? score : masked;"]
+    loop = _loop("score_keys", captures, placement, [score, mask], ["        const float s = scores[n];"], body, printer, "bool masks, ", ", float masked")
     choose = ["INLINE void score_row(const Call& call, float* scores, int64_t b, int64_t h, int64_t i, int64_t j_lo, int64_t width, bool full, float masked) {"]
     if plain:
         choose.append("    if (full) return;  // the scale is in the queries")
@@ -150,7 +137,33 @@ def row_source(captures: Captures, score, mask) -> str:
             if checks or not inside:
                 test = f"if ({when}{condition}) ".replace(" && true", "").replace("if (true) ", "")
                 choose.append(f"    {test}return score_keys<{kind}, {str(masks).lower()}, {str(inside).lower()}>{arguments};")
-    return "\n".join([*_inside_source(placement, captures, checks), *loop, *choose, "}"]) + "\n"
+    return "\n".join([*_inside_source("indices_inside", placement, captures, checks), *loop, *choose, "}"]) + "\n"
+
+
+def value_source(captures: Captures, value) -> str:
+    """``value_row``: the weights of a row times their factor, in place; nothing without one."""
+    if value is None:
+        return "INLINE void value_row(const Call&, float*, int64_t, int64_t, int64_t, int64_t, int64_t) {}\n"
+    placement = _Placement(value)
+    value, = placement.exprs
+    checks = _index_checks(placement)
+    printer = captures.printer({index for index, *_ in checks})
+    loop = _loop("value_keys", captures, placement, [value], [], [f"        scores[n] *= {printer.real(value)};"], printer)
+    choose = ["INLINE void value_row(const Call& call, float* weights, int64_t b, int64_t h, int64_t i, int64_t j_lo, int64_t width) {"]
+    if checks:
+        choose.append("    const bool inside = values_inside(call, b, h, i, j_lo, j_lo + width - 1);")
+    for kind, inside, condition in (("int32_t", True, "if (call.is_narrow && inside) "), ("int32_t", False, "if (call.is_narrow) "), ("int64_t", False, "")):
+        if checks or not inside:
+            choose.append(f"    {condition}return value_keys<{kind}, {str(inside).lower()}>(call, weights, b, h, i, j_lo, int(width));")
+    return "\n".join([*_inside_source("values_inside", placement, captures, checks), *loop, *choose, "}"]) + "\n"
+
+
+def _loop(name, captures, placement, exprs, start, body, printer, flags="", rest="") -> list[str]:
+    """A loop over a row's scores, with what the placement gives to the row in front of it, and to a key in it."""
+    return [f"template <class Int, {flags}bool inside>",
+            f"static void {name}(const Call& call, float* __restrict scores, int64_t batch, int64_t head, int64_t row, int64_t first_key, int width{rest}) {{",
+            *_locals([*placement.values, *exprs], "Int", {"b": "batch", "h": "head", "i": "row"}), *_definitions(placement.row, captures.printer(), 4),
+            "    for (int n = 0; n < width; ++n) {", "        const Int j = Int(first_key) + n;", *start, *_definitions(placement.key, printer, 8), *body, "    }", "}", ""]
 
 
 def _definitions(bound, printer, indent) -> list[str]:
@@ -172,12 +185,12 @@ def _index_checks(placement) -> list[tuple]:
     return [(index, lo, hi, size) for (index, size), (lo, hi) in checks.items()]
 
 
-def _inside_source(placement, captures, checks) -> list[str]:
+def _inside_source(name, placement, captures, checks) -> list[str]:
     if not checks:
         return []
     printer = captures.printer()
     return ["// Are the computed indices of the keys [j_lo, j_hi] inside their tensors, so that none counts from the end?",
-            "INLINE bool indices_inside(const Call& call, int64_t b, int64_t h, int64_t i, int64_t j_lo, int64_t j_hi) {",
+            f"INLINE bool {name}(const Call& call, int64_t b, int64_t h, int64_t i, int64_t j_lo, int64_t j_hi) {{",
             *_locals([*(e for _, e in placement.row), *(end for _, lo, hi, _ in checks for end in (lo, hi))], "int64_t", {}),
             *_definitions(placement.row, printer, 4),
             f"    return {' & '.join(f'({printer(lo)} >= 0) & ({printer(hi)} < {size})' for _, lo, hi, size in checks)};", "}", ""]
