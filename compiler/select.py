@@ -73,9 +73,10 @@ def attention(node: Node, target: str, options: Options) -> Choice:
     width, value_width = int(width), int(value_width)  # a symbolic head dim becomes a guard: the kernel is made for one
     queries = tensors[0].shape[2]
     known = {"queries": queries if isinstance(queries, int) else None} if target == "cpp" else {}  # one of the kernel's two ways: half the compiler's time
+    known |= {name: x.dtype for name, x in (("k_dtype", tensors[1]), ("v_dtype", tensors[2])) if x.dtype == torch.int8}
     choice = _generated("attention", target, node, [q, k, v, *captures], sizes, (), variant, q_dtype=dtype, capture_dtypes=[c.dtype for c in captured], capture_ranks=[c.dim() for c in captured],
                         head_dim=width, value_dim=value_width, num_sizes=len(sizes), **known)
-    if choice.kernel is None and (function := _library(variant)) is not None:
+    if choice.kernel is None and len({x.dtype for x in tensors}) == 1 and (function := _library(variant)) is not None:
         return Choice("attention", choice.reason, "aten:scaled_dot_product_attention", function)
     return choice
 
@@ -255,7 +256,7 @@ def _has_triton() -> bool:
 
 def _library(variant: Variant) -> Callable | None:
     """torch's own SDPA for a scaled score, no mask or the causal one, and rows that always see a key."""
-    if variant.linear_scale is None or variant.sink or variant.mask not in ("True", "j <= i") or variant.fill != float("-inf"):
+    if variant.linear_scale is None or variant.sink or variant.value or variant.mask not in ("True", "j <= i") or variant.fill != float("-inf"):
         return None
     causal, scale = variant.is_causal, variant.linear_scale
 
