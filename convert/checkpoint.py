@@ -1,0 +1,184 @@
+"""Quantised models on disk: one safetensors file whose header says what is in it. Nothing in it is executed; pickle is never read.
+
+    header, a JSON text under "tileweld.int8" in the metadata:
+      {"format": "tileweld int8", "version": 1, "modules": {name: {"kind": "linear", "activation": "float", "threshold": null, "group": 0, "shape": [N, K],
+       "dtype": "float32", "bias": true, "columns": false, "scale": [least, largest]}, ...}, "shared": {name of a tensor: the one it is}}
+    tensors: the model's state dict: q int8, scale float32, bias and columns of every quantised module, and every other parameter and buffer
+
+`python -c "import safetensors; print(safetensors.safe_open('model.safetensors', 'pt').metadata())"` shows the header.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..compiler.errors import ConversionError
+from ..compiler.ir.int8_linear import ACTIVATIONS
+from .int8_modules import Int8Embedding, Int8Linear
+from .quantize import _matrix, _put
+
+KEY, FORMAT, VERSION = "tileweld.int8", "tileweld int8", 1
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
+
+
+def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write the state of a model that `quantize_` changed to `path`. Written beside it first and moved there at the end: the file is whole or as it was.
+
+    Raises ConversionError where no module of the model is quantised.
+    """
+    from safetensors.torch import save_file
+
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, (Int8Linear, Int8Embedding))}
+    if not modules:
+        raise ConversionError(f"{type(model).__name__} has no int8 modules", cure="quantize_ it first; a float model is saved by safetensors.torch.save_model")
+    tensors, shared, first = {}, {}, {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
+        if key in first:
+            shared[name] = first[key]
+        else:
+            first[key], tensors[name] = name, tensor.detach().contiguous()
+    header = {"format": FORMAT, "version": VERSION, "modules": {name: _described(module) for name, module in modules.items()}, "shared": shared}
+    path = Path(path)
+    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, beside, {KEY: json.dumps(header), "format": "pt"})
+        with open(beside, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
+        raise
+
+
+def _described(module) -> dict:
+    scale = module.scale
+    common = {"shape": [*module.q.shape], "group": module.group, "dtype": str(module.dtype).removeprefix("torch."), "scale": [float(scale.min()), float(scale.max())] if scale.numel() else []}
+    if isinstance(module, Int8Embedding):
+        return {"kind": "embedding", "padding_idx": module.padding_idx, **common}
+    return {"kind": "linear", "activation": module.activation, "threshold": None if math.isinf(module.threshold) else module.threshold, "bias": module.bias is not None, "columns": module.columns is not None, **common}
+
+
+def load_quantized(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+    """Bring `model`, made by the same code as the one that was saved (its own weights do not matter, they may be on the meta device), to the saved state, in place; returns it.
+
+    Everything is read and checked first. Raises ConversionError, and the model is as it was, where the file is missing, truncated, no such checkpoint, of a
+    newer version, or of another model: a name, shape or dtype that does not fit.
+    """
+    header, tensors = _read(Path(path))
+    for name, other in header["shared"].items():
+        if other not in tensors:
+            raise _foreign(path, f"{name!r} is said to be {other!r}, which is not in it")
+        tensors[name] = tensors[other]
+    made = {name: _module(model, path, name, row, tensors) for name, row in header["modules"].items()}
+    inside = {f"{name}.{own}" for name, (_, new) in made.items() for own in new.state_dict()}
+    replaced = {id(old) for old, _ in made.values()}
+    expected = {f"{name}.{key}" if name else key: (module, key) for name, module in model.named_modules(remove_duplicate=False) if id(module) not in replaced
+                for key in {**module._parameters, **{k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}}}
+    expected = {name: (module, key) for name, (module, key) in expected.items() if getattr(module, key) is not None}
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise _foreign(path, f"it lacks {_listed(missing)}")
+    if extra := sorted(tensors.keys() - expected.keys() - inside):
+        raise _foreign(path, f"the model has no {_listed(extra)}")
+    for name, (module, key) in expected.items():
+        if getattr(module, key).shape != tensors[name].shape:
+            raise _foreign(path, f"{name} is {[*tensors[name].shape]} in it, {[*getattr(module, key).shape]} in the model")
+    device = {name: getattr(module, key).device for name, (module, key) in expected.items()}
+    target = next((d for d in device.values() if d.type != "meta"), torch.device("cpu"))
+    parameters: dict = {}
+    for name, (module, key) in expected.items():
+        tensor = tensors[name].to(device[name] if device[name].type != "meta" else target)
+        if key in module._parameters:
+            old = module._parameters[key]
+            kept = parameters.setdefault(header["shared"].get(name, name), nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point()))
+            module._parameters[key] = kept
+        else:
+            module._buffers[key] = tensor
+    for old, new in made.values():
+        _put(model, old, new.to(target).train(old.training))
+    return model
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ConversionError("there is no such file", where=str(path))
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+            if text is None:
+                raise _foreign(path, "a safetensors file without its header")
+            header = json.loads(text)
+            problem = _problem(header)
+            if problem:
+                raise _foreign(path, problem)
+            return header, {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        raise _foreign(path, f"truncated, or no safetensors file ({error})") from error
+
+
+def _problem(header) -> str | None:
+    if not isinstance(header, dict) or header.get("format") != FORMAT or not isinstance(header.get("modules"), dict) or not isinstance(header.get("shared"), dict):
+        return "its header is not what it should be"
+    if header.get("version") != VERSION:
+        return f"version {header.get('version')!r}, this tileweld reads {VERSION}"
+    for name, row in header["modules"].items():
+        fits = isinstance(row, dict) and row.get("kind") in ("linear", "embedding") and row.get("dtype") in _DTYPES
+        if not fits or row["kind"] == "linear" and (row.get("activation") not in ACTIVATIONS or not isinstance(row.get("threshold"), (int, float, type(None)))):
+            return f"its header says of {name!r} {row!r}"
+    return None
+
+
+def _module(model: nn.Module, path, name: str, row: dict, tensors: dict[str, Tensor]) -> tuple[nn.Module, nn.Module]:
+    """(the model's module, the one that takes its place)"""
+    try:
+        old = model.get_submodule(name)
+    except AttributeError:
+        raise _foreign(path, f"the model has no module {name}") from None
+    q, scale = tensors.get(f"{name}.q"), tensors.get(f"{name}.scale")
+    shape = _shape(old)
+    if shape is None:
+        raise _foreign(path, f"the model's {name} is a {type(old).__name__}, no {row['kind']}")
+    fits = q is not None and scale is not None and q.dtype == torch.int8 and scale.dtype == torch.float32 and q.dim() == scale.dim() == 2 and scale.shape[0] == q.shape[0]
+    if not fits or scale.shape[1] == 0 or q.shape[1] % scale.shape[1]:
+        raise _foreign(path, f"the rows or scales of {name} are missing or of another kind")
+    if tuple(q.shape) != shape:
+        raise _foreign(path, f"{name} is {[*q.shape]} in it, {[*shape]} in the model")
+    dtype = _DTYPES[row["dtype"]]
+    if row["kind"] == "embedding":
+        return old, Int8Embedding(q, scale, dtype, row.get("padding_idx"))
+    bias, columns = tensors.get(f"{name}.bias"), tensors.get(f"{name}.columns")
+    if (bias is not None) != (old.bias is not None) or bias is not None and bias.shape != (shape[0],):
+        raise _foreign(path, f"the bias of {name} is not the model's")
+    if columns is not None and (columns.dtype != torch.bool or columns.shape != (shape[1],)):
+        raise _foreign(path, f"the columns of {name} are not bool [{shape[1]}]")
+    threshold = math.inf if row.get("threshold") is None else float(row["threshold"])
+    return old, Int8Linear(q, scale, bias, row["activation"], threshold, columns, dtype)
+
+
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, (Int8Linear, Int8Embedding)):
+        return tuple(module.q.shape)
+    if isinstance(module, nn.Embedding):
+        return tuple(module.weight.shape)
+    return tuple(weight.shape) if (weight := _matrix(module)) is not None else None
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _foreign(path, what: str) -> ConversionError:
+    return ConversionError(f"not a checkpoint of this model: {what}", where=str(path), cure="the model is as it was; save_quantized writes such files, and the model must be made by the same code")

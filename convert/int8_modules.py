@@ -1,0 +1,93 @@
+"""The modules that `quantize_` puts in the place of linear layers and of embeddings tied to them: int8 rows, float32 scales, as buffers."""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..compiler.ir import int8_linear as _int8_linear_op  # noqa: F401 (registers the ops)
+
+ops = torch.ops.tileweld
+
+
+class _Rows(nn.Module):
+    """q int8 [N, K] and scale float32 [N, K / group]. The scales stay float32 whatever dtype the model is converted to."""
+
+    def __init__(self, q: Tensor, scale: Tensor, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype  # that the weight had
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale)
+
+    def _apply(self, fn, recurse=True):
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != torch.float32:
+            self.scale = scale.to(self.scale.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # model.half() makes halves here too
+        return self
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale; 0 for the row."""
+        return self.q.shape[1] // self.scale.shape[1] if self.scale.shape[1] > 1 else 0
+
+
+class Int8Linear(_Rows):
+    """y = x w^T + bias with w = q scale, computed as `tileweld::int8_linear` with this activation says; x [..., K] of a float dtype.
+
+    activation: "float", "int8" or "mixed"; threshold: of "mixed"; columns: bool [K], its outliers where they are known from calibration.
+    In eager mode it runs on the definition, which is right and slow. Under ``torch.compile(backend="tileweld")`` it is one of the fused
+    int8 kernels, with norm, activation, residual in it as for a float layer; under other backends activations stay floats.
+    """
+
+    def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None, activation: str = "float", threshold: float = math.inf, columns: Tensor | None = None, dtype: torch.dtype = torch.float32):
+        super().__init__(q, scale, dtype)
+        self.register_buffer("bias", bias)
+        self.register_buffer("columns", columns)
+        self.activation, self.threshold = activation, threshold
+        self.out_features, self.in_features = q.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """q scale [N, K] in the dtype that the weight had, made anew at each reading: for code that looks at it."""
+        return self._dequantized(self.dtype)
+
+    def _dequantized(self, dtype: torch.dtype) -> Tensor:
+        return ops.dequantize_rows(self.q, self.scale, dtype, self.activation, self.threshold, self.columns)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # the int8 pass makes int8_linear of it, after all that fuses linears
+            return F.linear(x, self._dequantized(x.dtype), self.bias)
+        captures, text = ([], "a0") if self.bias is None else ([self.bias], "a0 + c0[j]")
+        (y,) = ops.int8_linear(x.reshape(-1, self.in_features), [self.q], [self.scale], captures, [], "", 0.0, "x", [text], [0, 0], self.activation, self.threshold, self.columns)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        words = {"float": "weight only", "int8": "dynamic", "mixed": f"llm_int8, {'calibrated columns' if self.columns is not None else f'threshold {self.threshold:g}'}"}[self.activation]
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {words}" + (f", groups of {self.group}" if self.group else "")
+
+
+class Int8Embedding(_Rows):
+    """Rows of q scale [N, K] by their numbers, in `dtype`; q and scale are those of the projection that the table is tied to."""
+
+    def __init__(self, q: Tensor, scale: Tensor, dtype: torch.dtype, padding_idx: int | None = None):
+        super().__init__(q, scale, dtype)
+        self.padding_idx = padding_idx
+        self.num_embeddings, self.embedding_dim = q.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole table in `dtype`, made anew at each reading."""
+        return ops.dequantize_rows(self.q, self.scale, self.dtype, "float", math.inf, None)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.q[ids].float()
+        if self.scale.shape[1] == 1:
+            return (rows * self.scale[ids]).to(self.dtype)
+        return (rows.unflatten(-1, (self.scale.shape[1], -1)) * self.scale[ids][..., None]).flatten(-2).to(self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, int8"

@@ -1,0 +1,207 @@
+"""int8 weights in a model, in place. The schemes are those of ``options={"int8": ...}``; see compiler/ir/int8_linear.py for what they compute."""
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..compiler.errors import ConversionError
+from ..compiler.ir.int8_linear import dequantized, quantized
+from ..compiler.ir.int8_scheme import Int8
+from .calibrate import input_maxima
+from .int8_modules import Int8Embedding, Int8Linear
+
+AT_ONCE = 1 << 20  # elements that are quantised at a time: what it needs beside the result stays below 20 MB
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedLayer:
+    """One weight: the module, [N, K], what became of it. error: |w - q scale| / |w| (Frobenius); sqnr_db: the same in dB; bytes with scales."""
+
+    name: str
+    shape: tuple[int, int]
+    error: float
+    bytes_before: int
+    bytes_after: int
+    note: str = ""
+
+    @property
+    def sqnr_db(self) -> float:
+        return math.inf if self.error == 0 else -20 * math.log10(self.error)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeReport:
+    """Layers that are int8 now, those left out with the reason, and the bytes of all parameters and buffers, each counted once."""
+
+    scheme: Int8
+    layers: list[QuantizedLayer]
+    left_out: dict[str, str]
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"int8 {self.scheme.scheme}, {len(self.layers)} layers, {self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB ({self.bytes_after / max(self.bytes_before, 1):.2f}x)", box=box.SIMPLE_HEAD, title_justify="left")
+        table.add_column("layer")
+        for heading in ("shape", "error", "SQNR dB", "bytes"):
+            table.add_column(heading, justify="right")
+        table.add_column("")
+        for x in self.layers:
+            table.add_row(x.name, "x".join(map(str, x.shape)), f"{x.error:.3%}", f"{x.sqnr_db:.1f}", f"{x.bytes_before} -> {x.bytes_after}", x.note)
+        for name, reason in self.left_out.items():
+            table.add_row(name, "", "", "", "", reason)
+        text = io.StringIO()
+        Console(file=text, width=170).print(table)
+        return text.getvalue()
+
+
+def quantize_(model: nn.Module, scheme: str | dict = "weight_only", filter_fn: Callable[[nn.Module, str], bool] | None = None, *, group: int = 0, skip: Sequence[str] = (),
+              lm_head: bool | None = None, threshold: float = 6.0, calibration=None) -> QuantizeReport:
+    """Replace linear layers by `Int8Linear`, in place. Everything is checked before anything is changed; on an error the model is as it was.
+
+    model:     any module; its nn.Linear (and Hugging Face's Conv1D) are replaced, exact types only, one after the other, so that their float weights are freed on the way.
+    scheme:    "weight_only", "dynamic", "llm_int8", or a dict as in options={"int8": ...}.
+    filter_fn: (module, name) -> bool, whether to replace it; in addition to skip and lm_head. Adapters (names with "lora_") are never replaced.
+    group, skip, lm_head, threshold: see compiler/ir/int8_scheme.py.
+    calibration: for llm_int8, batches (see convert/calibrate.py): the outlier columns are then those that reach the threshold on them, the same for every
+               call, so that a row's result does not depend on its batch. None: they are found anew in every call.
+
+    Weights that several layers share stay shared. An nn.Embedding tied to a layer that is replaced reads the same int8 rows. Biases and scales become buffers:
+    there is nothing left to train in a replaced layer. Eager calls run on the op's definition; compile the model to be fast.
+    Raises ConversionError, naming the layer: a weight that is no finite float16, bfloat16 or float32, groups that do not divide, K too large for int32 sums,
+    hooks on a layer, nothing to replace; OptionError for wrong arguments.
+    """
+    fields = {"group": group, "skip": skip, "lm_head": lm_head, "threshold": threshold}
+    settings = Int8.parse({**(scheme if isinstance(scheme, dict) else fields), "scheme": scheme["scheme"] if isinstance(scheme, dict) and "scheme" in scheme else scheme}, "quantize_")
+    if calibration is not None and settings.scheme != "llm_int8":
+        raise ConversionError(f"{settings.scheme} takes no calibration", cure="its scales come from the weights and, at each call, from the rows; smooth_ takes calibration")
+    chosen, left_out = _choose(model, settings, filter_fn)
+    for name, module in chosen.items():
+        _check(name, module, settings)
+    columns = {}
+    if calibration is not None:
+        columns = {name: largest >= settings.threshold for name, largest in input_maxima(model, chosen, calibration).items()}
+    before, layers = _bytes(model), []
+    uses = Counter(map(_key, chosen.values()))
+    shared, tied = {key: None for key, count in uses.items() if count > 1}, _embeddings(model, chosen)
+    for name in [*chosen]:
+        module = chosen.pop(name)
+        layers.append(_replace(model, name, module, settings, columns.get(name), shared, tied))
+        del module  # the last reference to its float weight
+    return QuantizeReport(settings, layers, left_out, before, _bytes(model))
+
+
+def _key(module: nn.Module) -> tuple:
+    return id(module.weight), type(module)
+
+
+def _matrix(module: nn.Module) -> Tensor | None:
+    """The weight as [N, K] of a module that is x w^T + b and nothing else; None for others."""
+    if type(module) is nn.Linear:
+        return module.weight
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() == 2:
+        return module.weight.T
+    return None
+
+
+def _choose(model: nn.Module, settings: Int8, filter_fn) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    chosen, left_out = {}, {}
+    heads = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for name, module in model.named_modules():  # a module that stands in two places is listed, and replaced, in the first; the others follow in _replace
+        if _matrix(module) is None:
+            continue
+        if "lora_" in name:
+            left_out[name] = "an adapter"
+        elif (reason := settings.left_out(name, id(module.weight) in heads)) is not None:
+            left_out[name] = reason
+        elif filter_fn is not None and not filter_fn(module, name):
+            left_out[name] = "left out by filter_fn"
+        else:
+            chosen[name] = module
+    if not chosen:
+        raise ConversionError(f"{type(model).__name__} has no linear layer to quantise", cure="it needs nn.Linear modules" + ("; all of them are left out: " + ", ".join([*left_out][:4]) if left_out else ""))
+    if "" in chosen:
+        raise ConversionError("the model is a single nn.Linear, which cannot be replaced in place", cure="put it into a module, nn.Sequential(linear)")
+    return chosen, left_out
+
+
+def _check(name: str, module: nn.Module, settings: Int8) -> None:
+    weight = _matrix(module)
+    if weight.is_meta:
+        raise ConversionError("its weight is on the meta device", where=name, cure="load the weights first")
+    if (problem := settings.problem(weight.shape[1], weight.dtype)) is not None:
+        raise ConversionError(problem[0], where=name, cure=problem[1])
+    if not weight.isfinite().all() or module.bias is not None and not module.bias.isfinite().all():
+        raise ConversionError("its weight or bias has inf or NaN", where=name, cure="leave it out with skip or filter_fn")
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        raise ConversionError("it has hooks, which its replacement would not have", where=name, cure="remove them, quantise, and set them again")
+
+
+def _embeddings(model: nn.Module, chosen) -> dict[int, list[tuple[str, nn.Module]]]:
+    """id of a weight -> embeddings that share it with a chosen layer."""
+    wanted, found = {id(m.weight) for m in chosen.values()}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and id(module.weight) in wanted:
+            found.setdefault(id(module.weight), []).append((name, module))
+    return found
+
+
+def _replace(model, name, module, settings, columns, shared, tied) -> QuantizedLayer:
+    weight, key = module.weight, _key(module)
+    is_first = shared.get(key) is None
+    made = _quantise(_matrix(module).detach(), settings.group) if is_first else shared[key][0]
+    if key in shared:
+        shared[key] = made, weight  # the weight too, so that no other gets its id
+    q, scale, error = made
+    bias = module.bias.detach() if module.bias is not None else None
+    threshold = settings.threshold if settings.activation == "mixed" else math.inf
+    _put(model, module, Int8Linear(q, scale, bias, settings.activation, threshold, columns, weight.dtype).train(module.training))
+    notes = [] if is_first else ["shares the int8 rows of another layer"]
+    for where, table in tied.pop(id(weight), []):
+        if type(table) is nn.Embedding and table.max_norm is None and _matrix(module) is weight:
+            _put(model, table, Int8Embedding(q, scale, weight.dtype, table.padding_idx).train(table.training))
+            notes.append(f"{where} reads the same int8 rows")
+        else:
+            notes.append(f"{where}, a {type(table).__name__} that was tied to it, keeps its float weight")
+    if columns is not None:
+        notes.append(f"{int(columns.sum())} outlier columns")
+    sizes = (weight.numel() * weight.element_size(), q.numel() + 4 * scale.numel()) if is_first else (0, 0)
+    return QuantizedLayer(name, tuple(q.shape), error, *sizes, "; ".join(notes))
+
+
+def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """new wherever old is a child."""
+    for parent in [*model.modules()]:
+        for child, module in [*parent._modules.items()]:
+            if module is old:
+                parent._modules[child] = new
+
+
+def _quantise(weight: Tensor, group: int) -> tuple[Tensor, Tensor, float]:
+    """(q, scale, relative error), by blocks of rows."""
+    n, k = weight.shape
+    q = torch.empty((n, k), dtype=torch.int8, device=weight.device)
+    scale = torch.empty((n, k // group if group else 1), device=weight.device)
+    lost = total = 0.0
+    for first in range(0, n, max(1, AT_ONCE // max(k, 1))):
+        rows = slice(first, first + max(1, AT_ONCE // max(k, 1)))
+        q[rows], scale[rows] = quantized(weight[rows], group)
+        exact = weight[rows].float()
+        lost += (exact - dequantized(q[rows], scale[rows], torch.float32)).square().sum(dtype=torch.float64).item()
+        total += exact.square().sum(dtype=torch.float64).item()
+    return q, scale, math.sqrt(lost / total) if total else 0.0
+
+
+def _bytes(model: nn.Module) -> int:
+    """Of parameters and buffers, each storage once."""
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
+    return sum(sizes.values())
