@@ -5,15 +5,10 @@ import copy
 
 from torch.fx import GraphModule
 
-from .. import passes
-from . import log
-from .aot import compile_graph
-from .capture import cannot_capture, capture
+from . import executable_cache, log
 from .degrade import watch
 from .labels import label_inputs
-from .lower import lower
 from .options import Options
-from .pipeline import run
 from .report import AotGraph, Report
 
 
@@ -25,30 +20,67 @@ def tileweld(gm: GraphModule, example_inputs, *, options=None, mode=None, report
 
     report: filled with what happened; build False: stop before kernels, the fused ops run on their definition.
     """
+    keep, report = report is not None, report if report is not None else Report(detailed=False)  # keep: somebody will look, hold the graphs behind AOT too
+    key = executable_cache.key(gm, example_inputs, options, mode, report) if build else None
+    if key is not None and (found := executable_cache.find(key, report)) is not None:
+        watch(gm, report)
+        return found
+    return _compile(gm, example_inputs, options, mode, report, build, keep, key)
+
+
+def _compile(gm: GraphModule, example_inputs, options, mode, report: Report, build: bool, keep: bool, key: str | None):
+    """A graph that no process has compiled yet. Its imports are here: they take half a second, and a process that finds all its executables needs none of them."""
+    from .. import passes
+    from .aot import compile_graph, guard_count
+    from .lower import lower
+
     checked = Options.parse(options, tuple(p.NAME for p in passes.PIPELINE))
-    keep = report is not None  # somebody will look: hold the graphs behind AOT too
-    report = report if report is not None else Report(detailed=False)
     report.options = checked
-    before = report.mark()
+    before, guards, executables = report.mark(), guard_count(), []
     try:
         rewritten = rewrite(gm, example_inputs, checked, report)
         number = len(report.graphs) - 1
         watch(gm, report)
         log.get("passes").info("graph %d: %s", number, dict(report.counts) or "nothing fused")
+        warnings = len(report.warnings)
 
         def finish(graph: GraphModule, is_backward: bool):
             if keep:
                 report.aot.append(AotGraph(_copy(graph), is_backward, number))
-            return lower(graph, checked, report, number, cuda_graphs=mode in GRAPH_MODES and not is_backward) if build else graph.forward
+            executables.append(lower(graph, checked, report, number, cuda_graphs=mode in GRAPH_MODES and not is_backward) if build else graph.forward)
+            return executables[-1]
 
-        return compile_graph(rewritten, example_inputs, finish)
+        compiled = compile_graph(rewritten, example_inputs, finish)
+        if key is not None:
+            refused = _not_kept(executables, len(example_inputs), guards, degraded=before["warnings"] or len(report.warnings) > warnings)
+            executable_cache.keep(key, executables, report, before, refused)
+        return compiled
     except BaseException:  # also Dynamo's own restarts (it specialises floats and calls again): what was noted did not come to be
         report.rollback(before)
         raise
 
 
+def _not_kept(executables: list, inputs: int, guards: int, degraded: bool) -> str:
+    """Why what was made of a graph is not all there is to it, or may be otherwise in the next process; "" where it may be kept."""
+    from .aot import wrapper_does
+    from .pays import is_settled
+
+    if len(executables) != 1:
+        return f"{len(executables)} graphs behind AOT"
+    if degraded:
+        return "it degraded"
+    if not is_settled():
+        return "the machine was too busy to time its kernels"
+    return f"AOT's wrapper has to do with {does}" if (does := wrapper_does(inputs, guards)) else ""
+
+
 def rewrite(gm: GraphModule, example_inputs, options: Options, report: Report) -> GraphModule:
     """Capture a graph and run the passes over it; the report gains a graph."""
+    from .. import passes
+    from .capture import cannot_capture, capture
+    from .merged_heads import merged_heads
+    from .pipeline import run
+
     if (reason := cannot_capture(gm)) is not None:
         log.get("capture").warning("%s", reason)
         report.warn(reason)
@@ -62,6 +94,8 @@ def rewrite(gm: GraphModule, example_inputs, options: Options, report: Report) -
     report.captured.append(_copy(captured))
     rewritten = run(captured, passes.PIPELINE, options, report)
     report.graphs.append(rewritten)
+    if options.gqa is not None:
+        report.merged += merged_heads(rewritten, example_inputs, len(report.graphs) - 1)
     return rewritten
 
 

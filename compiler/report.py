@@ -87,7 +87,7 @@ class Softmaxes:
 class Report:
     """Filled by the backend as it compiles.
 
-    counts: Counter of rewrites made; fusions, refusals, kernels, warnings: lists; graphs: the rewritten GraphModules;
+    counts: Counter of rewrites made; fusions, refusals, kernels, warnings: lists; kept: places that a pass weighed and left, with what it weighed; graphs: the rewritten GraphModules;
     captured: the graphs before the passes; aot: the graphs behind AOTAutograd, forward and backward; covered: what the passes replaced.
     device: a devices.Device for which the cost table has roofline times; None for a table without times.
     detailed False: nobody will read the costs, so that nothing is kept for them.
@@ -99,14 +99,17 @@ class Report:
         self.options = None  # what lowering chose by; set by the backend
         self.fusions: list[Fusion] = []
         self.refusals: list[Refused] = []
+        self.kept: list[Fusion] = []
         self.kernels: list[KernelUse] = []
         self.folded: list[FoldedWeight] = []
         self.warnings: list[str] = []
+        self.merged: list = []  # merged_heads.MergedHeads, one a layer, with options gqa
         self.graphs: list[GraphModule] = []
         self.captured: list[GraphModule] = []
         self.aot: list[AotGraph] = []
         self.sources: list = []  # ir.kernel.Kernel, in order of first use
         self.covered: list = []  # cost_report.Covered, one a pass
+        self.restored: list[int] = []  # kernels of each graph whose executable an earlier process had kept: it is in no list of graphs
         self.launches: list = []  # cost_report.launches of every graph in aot; empty where explain did not fill it in
 
     def mark(self) -> dict[str, int]:
@@ -117,6 +120,15 @@ class Report:
         """Forget what was noted since ``mark``."""
         for name, length in mark.items():
             del getattr(self, name)[length:]
+
+    def restore(self, kernels: list, rows: dict[str, list]) -> int:
+        """What was noted of a graph when its executable was made (executable_cache.py); returns the graph's number."""
+        self.restored.append(len(kernels))
+        number = -len(self.restored)  # those of graphs that were compiled count from 0
+        self.sources += [k for k in kernels if k not in self.sources]
+        for name, found in rows.items():
+            getattr(self, name).extend(dataclasses.replace(row, graph=number) for row in found)
+        return number
 
     @property
     def counts(self) -> Counter:
@@ -158,7 +170,7 @@ class Report:
 
     def to_json(self) -> str:
         """Counts, fusions, refusals, kernels, softmaxes per graph, costs, library calls and warnings as JSON text."""
-        rows = {name: [dataclasses.asdict(x) for x in getattr(self, name)] for name in ("fusions", "refusals", "kernels", "folded", "softmaxes")}
+        rows = {name: [dataclasses.asdict(x) for x in getattr(self, name)] for name in ("fusions", "kept", "refusals", "kernels", "folded", "softmaxes")}
         return json.dumps({"counts": dict(self.counts), "graphs": len(self.graphs), **rows, "cost": self.cost.to_json(self.device), "fallbacks": dict(self.fallbacks), "warnings": self.warnings}, indent=2)
 
     def __str__(self) -> str:
@@ -188,7 +200,14 @@ class Report:
             for (rewrite, detail), rows in _grouped(self.fusions, lambda f: (f.rewrite, f.detail)):
                 table.add_row(Text(rewrite, style="green"), str(len(rows)), Text(detail), Text(_sources(rows), style="dim"))
             result.append(table)
+        if self.kept:
+            table = _table("best as it is", "times", "what", "where")
+            for (rewrite, detail), rows in _grouped(self.kept, lambda f: (f.rewrite, f.detail)):
+                table.add_row(Text(rewrite), str(len(rows)), Text(detail), Text(_sources(rows), style="dim"))
+            result.append(table)
         result += self.cost.tables(self.device)
+        if self.merged:
+            result.append(_merged(self.merged))
         for (rewrite, reason, cure), rows in _grouped(self.refusals, lambda r: (r.rewrite, r.reason, r.cure)):
             result.append(_refusal(rewrite, reason, cure, rows))
         if self.kernels:
@@ -222,6 +241,17 @@ def _softmaxes(report: Report, number: int, gm: GraphModule) -> Softmaxes:
     seen = sum(is_call(node, library) or attention.softmax_at(node) is not None for node in gm.graph.nodes)
     fused, refused = (sum(r.graph == number and r.rewrite == attention.NAME for r in rows) for rows in (report.fusions, report.refusals))
     return Softmaxes(seen, fused, refused)
+
+
+def _merged(rows):
+    """The layers whose KV heads were merged: what it saves and what it costs."""
+    before, after = (sum(getattr(r, name) for r in rows) for name in ("kv_bytes_before", "kv_bytes_after"))
+    table = _table("lossy: KV heads merged", "of", "into", "KV bytes a token", "error of scores", "of values")
+    table.title, table.title_justify = f"options gqa: the model computes something else now; KV {before} -> {after} bytes a token", "left"
+    for r in rows:
+        errors = ("not known", "not known") if r.residual is None else (f"{r.key_error:.1%}", f"{r.value_error:.1%}")
+        table.add_row(r.layer, str(r.kv_heads_before), str(r.kv_heads_after), f"{r.kv_bytes_before} -> {r.kv_bytes_after}", *errors)
+    return table
 
 
 def _refusal(rewrite, reason, cure, rows):
