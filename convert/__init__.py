@@ -3,12 +3,14 @@
     >>> from tileweld import convert
     >>> report = convert.to_gqa(model, 1, calibration=tokens)          # tokens [B, T] int64; the model is changed in place
     >>> print(report)
+    >>> print(convert.prune(model))                                    # dead heads and channels, exact
     >>> print(convert.quantize_(model, "weight_only"))                 # int8 weights, in place
 """
 from .checkpoint import load_quantized, save_quantized
 from .gqa import to_gqa
 from .int8_modules import Int8Embedding, Int8Linear
+from .prune import prune
 from .quantize import QuantizedLayer, QuantizeReport, quantize_
-from .report import ConversionReport, LayerReport
+from .report import ConversionReport, LayerReport, PrunedLayer, PruneReport
 
-__all__ = ["ConversionReport", "Int8Embedding", "Int8Linear", "LayerReport", "QuantizeReport", "QuantizedLayer", "load_quantized", "quantize_", "save_quantized", "to_gqa"]
+__all__ = ["ConversionReport", "Int8Embedding", "Int8Linear", "LayerReport", "PruneReport", "PrunedLayer", "QuantizeReport", "QuantizedLayer", "load_quantized", "prune", "quantize_", "save_quantized", "to_gqa"]

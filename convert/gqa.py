@@ -15,6 +15,7 @@ from .observe import Inputs, Stop, calibration_inputs, evaluating, hooked, probe
 from .probe import Gauge, attention_received, cast, find_gauge, isolated
 from .report import ConversionReport, LayerReport
 from .sites import Site, find_sites, read, restate, write
+from .undo import configs_of, taken_back
 
 
 @dataclass(frozen=True)
@@ -178,36 +179,22 @@ def _tokens(x: Tensor, keep: Tensor | None) -> Tensor:
 
 def _swap(model: nn.Module, fits: list[Fit], num_kv_heads: int, trial: Inputs) -> None:
     """Write every layer, and the configs if all layers have one size now; take everything back if the model then does not run."""
-    configs = {id(c): c for c in _configs(model, [fit.site for fit in fits])}.values()
-    owners = [*configs, *(fit.site.module for fit in fits)]
-    counts = [(owner, name, value) for owner in owners for name, value in list(vars(owner).items()) if type(value) in (int, list, tuple)]
-    linears = [getattr(fit.site.module, child) for fit in fits for child in fit.site.children]
-    tensors = [(linear, linear.weight, linear.bias, linear.out_features) for linear in linears]
+    configs = configs_of(model, [fit.site.name for fit in fits])
     uniform = all(fit.report.kv_heads_after == num_kv_heads for fit in fits)
     try:
-        for fit in fits:
-            if fit.heads is None:
-                continue
-            bad = next((f.name for f in fields(Heads) if f.name != "pairs" and not getattr(fit.heads, f.name).isfinite().all()), None)
-            if bad:
-                raise ConversionError(f"its new {bad} weights are not finite", where=fit.site.name, cure="look for NaN or infinity in its weights or the calibration's activations")
-            write(fit.site, fit.site.module, fit.heads)
-            for config in configs if uniform else ():
-                restate(config, fit.site, num_kv_heads)
-        run(model, trial)
+        with taken_back([*configs, *(fit.site.module for fit in fits)], [getattr(fit.site.module, child) for fit in fits for child in fit.site.children]):
+            for fit in fits:
+                if fit.heads is None:
+                    continue
+                bad = next((f.name for f in fields(Heads) if f.name != "pairs" and not getattr(fit.heads, f.name).isfinite().all()), None)
+                if bad:
+                    raise ConversionError(f"its new {bad} weights are not finite", where=fit.site.name, cure="look for NaN or infinity in its weights or the calibration's activations")
+                write(fit.site, fit.site.module, fit.heads)
+                for config in configs if uniform else ():
+                    restate(config, fit.site, num_kv_heads)
+            run(model, trial)
+    except ConversionError:
+        raise
     except Exception as error:
-        for linear, weight, bias, rows in tensors:
-            linear.weight, linear.bias, linear.out_features = weight, bias, rows
-        for owner, name, value in counts:
-            setattr(owner, name, value)
-        if isinstance(error, ConversionError):
-            raise
         cure = "it reads the KV heads from a config that all layers share: convert without max_residual" if not uniform else None
         raise ConversionError(f"{type(model).__name__} does not run with {num_kv_heads} KV heads, it was left as it was: {error}", cure=cure) from error
-
-
-def _configs(model: nn.Module, sites: list[Site]) -> list[object]:
-    """The configs of the attention modules and of everything they are part of."""
-    names = {".".join(parts[:n]) for site in sites for parts in [site.name.split(".")] for n in range(len(parts) + 1)}
-    found = [getattr(module, "config", None) for name, module in model.named_modules() if name in names]
-    return [config for config in found if config is not None and hasattr(config, "__dict__")]

@@ -17,7 +17,7 @@ from ..compiler.ir.head_merge import Heads, as_pairs, from_pairs
 from .sites import Site, read, write
 
 # Modules with an fp32 softmax or rotary table inside agree to 1e-6; a wrong gauge changes the output by 0.1 and more.
-_SAME = 1e-3
+SAME = 1e-3
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ def find_gauge(site: Site, call: Call) -> Gauge:
     """Raises ConversionError, naming the layer, if values or keys have no gauge known here."""
     twin, chance = isolated(site.module, torch.float64), torch.Generator().manual_seed(0)
     args, kwargs = cast(call.args, torch.float64), cast(call.kwargs, torch.float64)
-    base = _sharpened(read(site, twin), call.x)
+    base = sharpened(read(site, twin), call.x)
     run = lambda heads: (write(site, twin, heads), first_tensor(twin(*args, **kwargs)))[1]
     expected = run(base)
 
     def same(heads: Heads) -> bool:
-        return bool(torch.linalg.vector_norm(run(heads) - expected) <= _SAME * torch.linalg.vector_norm(expected))
+        return bool(torch.linalg.vector_norm(run(heads) - expected) <= SAME * torch.linalg.vector_norm(expected))
 
     def turns(*shape: int) -> Tensor:
         """Random matrices with singular values in 0.5..2: invertible, and no rotation."""
@@ -126,7 +126,7 @@ def _layouts(d: int, device: torch.device) -> list[Tensor]:
     return [i.view(2, -1).T, i.view(-1, 2)]
 
 
-def _sharpened(heads: Heads, x: Tensor) -> Heads:
+def sharpened(heads: Heads, x: Tensor) -> Heads:
     """Queries and keys scaled to numbers of order 1, so that scores spread by about 2: a model not trained yet has scores near 0,
     a uniform softmax, and would look as if it had every symmetry."""
     x = x.double().flatten(0, -2)

@@ -32,6 +32,38 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class PrunedLayer:
+    """An attention (what "heads": query heads, and KV heads) or an MLP (what "channels") and how many of them stay."""
+
+    name: str
+    what: str
+    before: int
+    after: int
+    kv_before: int = 0
+    kv_after: int = 0
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """All attentions, then all MLPs; parameters of the whole model; reloads: the config states the new sizes, so that a saved checkpoint loads in
+    plain transformers (None: the model has no config that it could be made from)."""
+
+    layers: list[PrunedLayer]
+    parameters_before: int
+    parameters_after: int
+    structured: bool
+    reloads: bool | None
+
+    def __str__(self) -> str:
+        changed = [x for x in self.layers if x.after < x.before]
+        lines = [f"{x.name}: {x.before} -> {x.after} {x.what}" + (f", {x.kv_before} -> {x.kv_after} KV heads" if x.kv_before else "") for x in changed]
+        lines.append(f"{len(changed)} of {len(self.layers)} layers pruned, {self.parameters_before} -> {self.parameters_after} parameters; exact.")
+        if self.reloads is False:
+            lines.append("The config cannot state these sizes: the model works in memory, a saved checkpoint does not reload" + ("." if self.structured else " (structured=True keeps all layers alike)."))
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
 class ConversionReport:
     """All layers, the method ("aligned", "data", "mean"), and calibration_tokens (0: none)."""
 

@@ -64,8 +64,11 @@ class Site:
         return (kv_heads or self.kv_heads) * (self.d + self.dv) * getattr(self.module, self.k.child).weight.element_size()
 
 
-def find_sites(model: nn.Module) -> list[Site]:
-    """Every attention module in order of registration. Raises ConversionError where one is found that cannot be converted, or none is."""
+def find_sites(model: nn.Module, turned: bool = True) -> list[Site]:
+    """Every attention module in order of registration. Raises ConversionError where one is found that cannot be converted, or none is.
+
+    turned: heads will be rescaled and turned, which a norm of queries or keys forbids; False: they are only taken out, and there may be no attention at all.
+    """
     sites = []
     for name, module in model.named_modules():
         children = dict(module.named_children())
@@ -75,22 +78,22 @@ def find_sites(model: nn.Module) -> list[Site]:
             raise ConversionError(f"it has {roles['q']} and {roles['o']} but no projection of its own for {'keys' if not roles['k'] else 'values'}: shared or latent KV",
                                   where=name, cure="such layers cache no heads of their own that could be merged")
         if roles["o"] and (stacked or roles["q"]):
-            sites.append(_site(name, module, children, roles, stacked))
-    if not sites:
+            sites.append(_site(name, module, children, roles, stacked, turned))
+    if not sites and turned:
         raise ConversionError(f"{type(model).__name__} has no attention module: none has children such as {', '.join(n[0] for n in ROLES.values())}",
                               cure="name the projections so, or as in " + ", ".join("/".join(ROLES[r][1] for r in "qkvo").split(", ")))
-    _check_unshared(model, sites)
+    check_unshared(model, [(site.name, site.module, site.children) for site in sites])
     return sites
 
 
-def _site(name: str, module: nn.Module, children: dict, roles: dict, stacked: str | None) -> Site:
+def _site(name: str, module: nn.Module, children: dict, roles: dict, stacked: str | None, turned: bool) -> Site:
     norm = next((n for n in children if _QK_NORM.search(n)), None)
-    if norm:
+    if norm and turned:
         raise ConversionError(f"{norm} normalises queries or keys: heads cannot be rescaled or turned to fit each other", where=name,
                               cure="QK-norm models are not converted")
     linears = {n: children[n] for n in ([stacked] if stacked else [roles["q"], roles["k"], roles["v"]]) + [roles["o"]]}
     for child, linear in linears.items():
-        _check_linear(f"{name}.{child}", linear)
+        check_linear(f"{name}.{child}", linear)
     heads = stated(module, HEADS)
     if not heads:
         raise ConversionError(f"neither the module nor its config says how many query heads it has (looked for {', '.join(HEADS)})", where=name)
@@ -116,7 +119,8 @@ def _site(name: str, module: nn.Module, children: dict, roles: dict, stacked: st
     return Site(name, module, q, k, v, roles["o"], heads, kv_heads, d, dv)
 
 
-def _check_linear(name: str, linear: nn.Module) -> None:
+def check_linear(name: str, linear: nn.Module) -> None:
+    """Refuse what is no nn.Linear with plain float weights of its size: quantised, sharded (DTensor), without numbers."""
     weight = getattr(linear, "weight", None)
     if type(linear) is not nn.Linear:
         raise ConversionError(f"it is a {type(linear).__name__}, not nn.Linear: quantised, sharded or with an adapter", where=name, cure="dequantise, gather or merge it first")
@@ -133,10 +137,10 @@ def _check_linear(name: str, linear: nn.Module) -> None:
         raise ConversionError(f"its weight is {[*weight.shape]}, expected {[linear.out_features, linear.in_features]}: sharded", where=name, cure="gather it first")
 
 
-def _check_unshared(model: nn.Module, sites: list[Site]) -> None:
-    """Refuse modules and weights that stand at two places: merged for the one, they would be wrong for the other."""
-    ours = {id(p): f"{s.name}.{child}" for s in sites for child in s.children for p in getattr(s.module, child).parameters()}
-    ours |= {id(m): name for s in sites for name, m in [(s.name, s.module), *((f"{s.name}.{c}", getattr(s.module, c)) for c in s.children)]}
+def check_unshared(model: nn.Module, places: list[tuple[str, nn.Module, list[str]]]) -> None:
+    """Refuse modules and weights that stand at two places: changed for the one, they would be wrong for the other. places: (name, module, its linear children)."""
+    ours = {id(p): f"{name}.{child}" for name, module, children in places for child in children for p in getattr(module, child).parameters()}
+    ours |= {id(m): name for name, module, children in places for m in (module, *(getattr(module, c) for c in children))}
     seen: dict[int, str] = {}
     everything = [*model.named_modules(remove_duplicate=False), *model.named_parameters(remove_duplicate=False)]
     for name, thing in everything:
@@ -183,24 +187,32 @@ def write(site: Site, module: nn.Module, heads: Heads) -> None:
         parts.setdefault(r.child, []).append(value.flatten(0, 1))
     for child, values in parts.items():
         linear, both = getattr(module, child), torch.cat(values)
-        _set(linear, "weight", both[:, :-1])
+        set_parameter(linear, "weight", both[:, :-1])
         if linear.bias is not None:
-            _set(linear, "bias", both[:, -1])
+            set_parameter(linear, "bias", both[:, -1])
         linear.out_features = len(both)
-    _set(getattr(module, site.output), "weight", heads.o.transpose(0, 1).flatten(1))
+    output = getattr(module, site.output)
+    set_parameter(output, "weight", heads.o.transpose(0, 1).flatten(1))
+    output.in_features = output.weight.shape[1]
     sizes = [len(getattr(heads, n).flatten(0, 1)) for n in "qkv"]
-    restate(module, site, len(heads.k))
+    restate(module, site, len(heads.k), len(heads.q))
     for owner, name, value in list(vars_of(module)):
         if isinstance(value, (list, tuple)) and [*value] == [r.stop - r.start for r in (site.q, site.k, site.v)]:
             setattr(owner, name, type(value)(sizes))  # the sizes a stacked projection is split into
 
 
-def restate(owner: object, site: Site, kv_heads: int) -> None:
-    """Correct the head counts that `owner` (a module or a config) keeps."""
-    for names, old, new in ((KV_HEADS, site.kv_heads, kv_heads), (N_REP, site.heads // site.kv_heads, site.heads // kv_heads)):
-        for name in names:
-            if type(getattr(owner, name, None)) is int and getattr(owner, name) == old:
-                setattr(owner, name, new)
+def restate(owner: object, site: Site, kv_heads: int, heads: int | None = None) -> None:
+    """Correct the head counts that `owner` (a module or a config) keeps; heads None: as many query heads as before."""
+    heads = heads or site.heads
+    for names, old, new in ((HEADS, site.heads, heads), (KV_HEADS, site.kv_heads, kv_heads), (N_REP, site.heads // site.kv_heads, heads // kv_heads)):
+        restate_count(owner, names, old, new)
+
+
+def restate_count(owner: object, names: tuple[str, ...], old: int, new: int) -> None:
+    """Attributes of these names that say `old` say `new`."""
+    for name in names:
+        if type(getattr(owner, name, None)) is int and getattr(owner, name) == old:
+            setattr(owner, name, new)
 
 
 def vars_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
@@ -208,6 +220,7 @@ def vars_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
     return ((module, name, value) for name, value in vars(module).items() if not name.startswith("_"))
 
 
-def _set(linear: nn.Linear, name: str, value: Tensor) -> None:
+def set_parameter(linear: nn.Linear, name: str, value: Tensor) -> None:
+    """A new parameter of this value, in the dtype of the old one and trained if that is."""
     old = getattr(linear, name)
     setattr(linear, name, nn.Parameter(value.to(old.dtype).contiguous(), requires_grad=old.requires_grad))
