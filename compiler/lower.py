@@ -24,6 +24,7 @@ from .errors import BuildError, CompilerNotFound, UnsupportedError
 from .folded import Folded, fold_weights
 from .ir.graph import is_tensor, source_of, value
 from .ir.lowered import Launch
+from .key_parts import separate_keys
 from .options import Options
 from .pays import losers
 from .place import CannotPlace, Placer
@@ -99,6 +100,8 @@ def choose(gm: GraphModule, options: Options, apart: Collection[str] = ()) -> li
         expand(gm, frozenset(SELECTORS) - {torch.ops.tileweld.rms_norm.default}, apart)
     fold_constants(gm)
     reinplace(gm)
+    if options.target != "reference":
+        separate_keys(gm)
     choices = []
     for node in gm.graph.nodes:
         selector = SELECTORS.get(node.target) if node.op == "call_function" else None

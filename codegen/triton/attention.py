@@ -13,15 +13,17 @@ from ...compiler.errors import UnsupportedError
 from ...compiler.ir.attention import Variant
 from ...compiler.ir.kernel import Kernel
 from .decode import COMBINE_PARAMETERS, decode_kernels
-from .kernel import AttentionText
+from .kernel import KEYS, AttentionText
 from .source import fill
-from .tiles import configs
+from .tiles import MAX_WIDTH, chunks, configs
 
 #: dtype -> Triton's name of a pointer to it; booleans are read as bytes
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64", torch.bool: "*i8", torch.int8: "*i8", torch.uint8: "*u8",
             torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 576  # absorbed MLA: a latent of 512 and 64 rotary dims
+WIDE = 256  # head dims above: tiles of few rows, heads packed for any number of queries, so that a key is read once for all heads of a block
+DECODE_ROWS = 64
 SCRATCH = {"acc_ptr": "*fp32", "m_ptr": "*fp32", "l_ptr": "*fp32", "near_ptr": "*i32"}
 
 MODULE = '''
@@ -43,10 +45,11 @@ from tileweld.runtime.tune import pick, split_count
 CONFIGS = {
     $configs
 }
-DECODE_CONFIGS = {  # BLOCK_M grows to the rows of a group of heads
+DECODE_CONFIGS = {  # BLOCK_M grows to the rows of a group of heads, up to DECODE_BLOCK
     $decode_configs
 }
-DECODE_ROWS = 64  # up to so many rows a KV head, decode_kernel reads K and V once for all of them
+DECODE_ROWS = $decode_rows  # up to so many rows a KV head, decode_kernel reads K and V once for a block of them
+DECODE_BLOCK = $decode_block
 
 
 $functions
@@ -59,8 +62,8 @@ $decode
 
 
 def attention(tensors, ints, floats):
-    """tensors: out [B, H, Tq, Dv], q [B, H, Tq, D], k [B, Hk, Tk, D], v [B, Hv, Tk, Dv], $captures; ints: $sizes. Fills out."""
-    out, q, k, v, *captures = tensors
+    """tensors: out [B, H, Tq, Dv], q [B, H, Tq, D], $key_tensors, v [B, Hv, Tk, Dv], $captures; ints: $sizes. Fills out."""
+    out, q, $keys, v, *captures = tensors
     if k.shape[2] == 0:
         out.zero_()
     if out.numel() == 0 or k.shape[2] == 0:
@@ -68,18 +71,18 @@ def attention(tensors, ints, floats):
     if q.device.type == "cpu":
         if q.dtype == torch.bfloat16:  # the interpreter computes bf16 on raw bits
             result = torch.empty_like(out, dtype=torch.float32)
-            attention([result, q.float(), k.float(), v.float(), *captures], ints, floats)
+            attention([result, *(x.float() for x in tensors[1:len(tensors) - len(captures)]), *captures], ints, floats)
             out.copy_(result)
             return
         captures = [x.float() if x.dtype == torch.bfloat16 else x for x in captures]
     captures = [x.view(torch.int8) if x.dtype == torch.bool else x for x in captures]
-    if k.shape[1] == v.shape[1] and q.shape[2] * (q.shape[1] // k.shape[1]) <= DECODE_ROWS:
-        launch_decode(out, q, k, v, captures, ints)
+    if k.shape[1] == v.shape[1]$key_test and q.shape[2] * (q.shape[1] // k.shape[1]) <= DECODE_ROWS:
+        launch_decode(out, q, $keys, v, captures, ints)
     else:
-        launch_prefill(out, q, k, v, captures, ints)
+        launch_prefill(out, q, $keys, v, captures, ints)
 
 
-def launch_prefill(out, q, k, v, captures, ints):
+def launch_prefill(out, q, $keys, v, captures, ints):
     B, H, Tq, _ = q.shape
     Tk = k.shape[2]
     arguments = ($prefill_call)
@@ -92,14 +95,16 @@ def launch_prefill(out, q, k, v, captures, ints):
     launch(pick(attention_kernel, CONFIGS, (B * H, Tq, Tk), q.device, launch))
 
 
-def launch_decode(out, q, k, v, captures, ints):
+def launch_decode(out, q, $keys, v, captures, ints):
     B, H, Tq, _ = q.shape
     Tk, pairs, width = k.shape[2], B * k.shape[1], v.shape[3]
-    block_m = max(16, triton.next_power_of_2(Tq * H // k.shape[1]))
+    rows = Tq * H // k.shape[1]
+    block_m = min(max(16, triton.next_power_of_2(rows)), DECODE_BLOCK)
+    programs = pairs * triton.cdiv(rows, block_m)
 
     def launch(config):
         _, block_n, num_warps, num_stages = config
-        splits = split_count(pairs, triton.cdiv(Tk, block_n), q.device)
+        splits = split_count(programs, triton.cdiv(Tk, block_n), q.device)
         acc = m = l = near = out  # not read without splits
         if splits > 1:
             acc = torch.empty((B * H * Tq, splits, width), dtype=torch.float32, device=q.device)
@@ -107,7 +112,7 @@ def launch_decode(out, q, k, v, captures, ints):
             near = torch.empty(B * H * Tq, dtype=torch.int32, device=q.device)
         arguments = ($decode_call)
         options = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
-        compiled = decode_kernel[(pairs, splits)](*arguments, SPLIT=splits > 1, REDO=False, **options)
+        compiled = decode_kernel[(programs, splits)](*arguments, SPLIT=splits > 1, REDO=False, **options)
         if splits > 1:
             combine_kernel[(B * H * Tq,)](out, acc, m, l, near, out.stride(0), out.stride(1), out.stride(2), out.stride(3), H, Tq, splits,
                                           SPLITS=triton.next_power_of_2(splits), num_warps=4, enable_fp_fusion=True)
@@ -136,26 +141,34 @@ for backend in ("cuda", "ampere", "hip"):
         constants=dict(stride_od=1, SPLITS=16)))
 '''
 
-_STRIDES = {"q": ("q", "bhid"), "k": ("k", "bhjd"), "v": ("v", "bhjd"), "o": ("out", "bhid")}
+_STRIDES = {"q": ("q", "bhid"), "k": ("k", "bhjd"), "r": ("r", "bhjd"), "v": ("v", "bhjd"), "o": ("out", "bhid")}
 
 
 def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[torch.dtype] = (), capture_ranks: Sequence[int] = (), head_dim: int, value_dim: int,
-         num_sizes: int = 0) -> Kernel:
+         num_sizes: int = 0, key_dims: Sequence[int] = ()) -> Kernel:
     """The kernel of a variant, for every B, H, Hk, Hv, Tq, Tk and all strides.
 
-    q_dtype: of q, k, v and the output: float16, bfloat16 or float32. head_dim, value_dim: 1 to 256.
-    Tensors of a call: [out, q, k, v, *captures], then the integers n0, n1, ...; no floats.
+    q_dtype: of q, k, v and the output: float16, bfloat16 or float32. head_dim, value_dim: 1 to `MAX_HEAD_DIM`.
+    key_dims: head dims of the parts of the keys, which add up to head_dim, where they are two tensors [B, Hk, Tk, D] with an Hk each.
+    Tensors of a call: [out, q, *parts of k, v, *captures], then the integers n0, n1, ...; no floats.
     Raises UnsupportedError for other dtypes and sizes.
     """
     _check(q_dtype, capture_dtypes, head_dim, value_dim)
-    text = AttentionText(variant, head_dim, value_dim, q_dtype == torch.float32)
-    tensors = [f"stride_{letter}{axis}" for letter, (_, axes) in _STRIDES.items() for axis in axes]
+    key_dims = tuple(key_dims) or (head_dim,)
+    if len(key_dims) > len(KEYS) or sum(key_dims) != head_dim or min(key_dims) < 1:
+        raise UnsupportedError(f"keys of head dim {head_dim} in parts of {list(key_dims)}", cure=f"at most {len(KEYS)} parts of at least 1 that add up to the head dim")
+    if (width := sum(chunk.width for dim in key_dims for chunk in chunks(dim))) > MAX_WIDTH:
+        raise UnsupportedError(f"keys in parts of {list(key_dims)} take tiles of {width} dims", cure=f"{MAX_WIDTH} are supported: parts that are powers of two need no padding")
+    text = AttentionText(variant, key_dims, value_dim, q_dtype == torch.float32)
+    letters = ["q", *text.keys, "v", "o"]
+    tensors = [f"stride_{letter}{axis}" for letter in letters for axis in _STRIDES[letter][1]]
+    pointers = ["out_ptr", "q_ptr", *(f"{letter}_ptr" for letter in text.keys), "v_ptr"]
     capture_names = [name for k, rank in enumerate(capture_ranks)
                      for name in (f"c{k}_ptr", *(f"c{k}_s{axis}" for axis in range(rank)), *(f"c{k}_n{axis}" for axis in range(rank)))]
-    sizes = ["H", "GROUP_K", "GROUP_V", "Tq", "Tk", *(f"n{n}" for n in range(num_sizes))]
-    prefill = text.kernel(["out_ptr", "q_ptr", "k_ptr", "v_ptr", *tensors], capture_names, sizes)
-    decode = decode_kernels(text, ["out_ptr", "q_ptr", "k_ptr", "v_ptr", *tensors], capture_names, sizes)
-    units = [f"stride_{letter}d" for letter in _STRIDES] + [f"c{k}_s{rank - 1}" for k, rank in enumerate(capture_ranks)]
+    sizes = ["H", *(f"GROUP_{letter.upper()}" for letter in text.keys), "GROUP_V", "Tq", "Tk", *(f"n{n}" for n in range(num_sizes))]
+    prefill = text.kernel([*pointers, *tensors], capture_names, sizes)
+    decode = decode_kernels(text, [*pointers, *tensors], capture_names, sizes)
+    units = [f"stride_{letter}d" for letter in letters] + [f"c{k}_s{rank - 1}" for k, rank in enumerate(capture_ranks)]
 
     def aot(parameters, *constants):
         types = {name: "constexpr" if name in units else _type(name, q_dtype, capture_dtypes) for name in parameters} | dict.fromkeys(constants, "constexpr")
@@ -169,12 +182,13 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
     captures = ", ".join(f"c{k} {str(d).removeprefix('torch.')}[{rank}-d]" for k, (d, rank) in enumerate(zip(capture_dtypes, capture_ranks, strict=True)))
     source = fill(
         MODULE, score=variant.score, mask=variant.mask, fill=variant.fill, empty={"nan": "nan", "zero": "0", "added": "the mean"}[variant.empty], sink=variant.sink or "none",
-        dtypes=dtype + (f", {captures}" if captures else ""), head_dim=head_dim, value_dim=value_dim, captures=captures or "no captures",
+        dtypes=dtype + (f", {captures}" if captures else ""), head_dim=" + ".join(map(str, key_dims)), value_dim=value_dim, keys=", ".join(text.keys),
+        key_tensors=", ".join(f"{x} [B, Hk, Tk, {dim}]" for x, dim in zip(text.keys, key_dims)), key_test="".join(f" and k.shape[1] % {x}.shape[1] == 0" for x in text.keys[1:]), captures=captures or "no captures",
         sizes=", ".join(f"n{n}" for n in range(num_sizes)) or "none", functions=text.functions(), prefill=prefill, decode=decode,
         prefill_call=", ".join(map(_host_argument, text.prefill)), decode_call=", ".join(map(_host_argument, text.decode)),
-        redo="decode_kernel[(pairs, 1)](*arguments, SPLIT=False, REDO=True, **options)" if text.finite_fill else [],
-        configs=[_configs(q_dtype, head_dim, value_dim, backend, dense=text.dense) for backend in ("cuda", "ampere", "hip", "cpu")],
-        decode_configs=[_configs(q_dtype, head_dim, value_dim, backend, decode=True) for backend in ("cuda", "ampere", "hip", "cpu")],
+        redo="decode_kernel[(programs, 1)](*arguments, SPLIT=False, REDO=True, **options)" if text.finite_fill else [],
+        decode_rows=DECODE_ROWS if max(head_dim, value_dim) <= WIDE else 1 << 20, decode_block=_decode_block(q_dtype, head_dim, value_dim), configs=[_configs(q_dtype, key_dims, value_dim, backend, dense=text.dense) for backend in ("cuda", "ampere", "hip", "cpu")],
+        decode_configs=[_configs(q_dtype, key_dims, value_dim, backend, decode=True) for backend in ("cuda", "ampere", "hip", "cpu")],
         prefill_aot=prefill_aot, prefill_constants=prefill_constants, decode_aot=decode_aot, decode_constants=decode_constants, combine_aot=combine_aot)
     detail = f"score={variant.score} mask={variant.mask} {dtype} head dim {head_dim}" + (f"/{value_dim}" if value_dim != head_dim else "")
     return Kernel(name="attention", language="triton", source=source, entry="attention", rewrite="attention", detail=detail)
@@ -191,8 +205,13 @@ def _check(q_dtype, capture_dtypes, head_dim, value_dim):
             raise UnsupportedError(f"no Triton attention kernel for a captured tensor c{k} of {dtype}", cure=f"use one of {', '.join(str(d).removeprefix('torch.') for d in POINTERS)}")
 
 
-def _configs(dtype, head_dim, value_dim, backend, **kind) -> str:
-    chosen = [(c.block_m, c.block_n, c.num_warps, c.num_stages) for c in configs(dtype, head_dim, value_dim, backend, **kind)]
+def _decode_block(dtype, head_dim, value_dim) -> int:
+    """The largest BLOCK_M of decode_kernel: rows and sums of wider heads do not fit into registers (64 rows of 576/512 spill 300 bytes on sm_90, 32 none)."""
+    return 64 if max(head_dim, value_dim) <= WIDE else 16 if dtype == torch.float32 else 32
+
+
+def _configs(dtype, key_dims, value_dim, backend, **kind) -> str:
+    chosen = [(c.block_m, c.block_n, c.num_warps, c.num_stages) for c in configs(dtype, key_dims, value_dim, backend, **kind)]
     return f'"{backend}": {chosen!r},'
 
 
@@ -206,7 +225,7 @@ def _type(name, q_dtype, capture_dtypes) -> str:
 
 def _host_argument(name: str) -> str:
     """What the host passes for a parameter of the kernel."""
-    if name in ("out_ptr", "q_ptr", "k_ptr", "v_ptr", *SCRATCH):
+    if name in ("out_ptr", "q_ptr", "k_ptr", "r_ptr", "v_ptr", *SCRATCH):
         return name[:-4]
     if name.startswith("stride_"):
         tensor, axes = _STRIDES[name[7]]
@@ -216,4 +235,4 @@ def _host_argument(name: str) -> str:
     if name.startswith("c"):
         k, part = name[1:].split("_")
         return f"captures[{k}].{'stride' if part[0] == 's' else 'size'}({part[1:]})"
-    return {"GROUP_K": "H // k.shape[1]", "GROUP_V": "H // v.shape[1]"}.get(name) or (f"ints[{name[1:]}]" if name[0] == "n" else name)
+    return {"GROUP_K": "H // k.shape[1]", "GROUP_R": "H // r.shape[1]", "GROUP_V": "H // v.shape[1]"}.get(name) or (f"ints[{name[1:]}]" if name[0] == "n" else name)

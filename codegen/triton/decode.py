@@ -31,7 +31,7 @@ def decode_kernel($arguments):
     i_lo = block * BLOCK_M // GROUP_K
     i_hi = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP_K, Tq - 1)
     q_rows = q_ptr + tl.cast(b, tl.int64) * stride_qb + tl.cast(h, tl.int64) * stride_qh + tl.cast(i, tl.int64) * stride_qi
-    k_ptr += tl.cast(b, tl.int64) * stride_kb + tl.cast(kv_head, tl.int64) * stride_kh
+    $keys
     v_ptr += tl.cast(b, tl.int64) * stride_vb + tl.cast(kv_head, tl.int64) * stride_vh
     out_rows = out_ptr + tl.cast(b, tl.int64) * stride_ob + tl.cast(h, tl.int64) * stride_oh + tl.cast(i, tl.int64) * stride_oi
     record = (tl.cast(b, tl.int64) * H + heads) * Tq + rows  # the row of (acc, m, l)
@@ -99,7 +99,7 @@ def decode_kernels(text: AttentionText, parameters: list[str], captures: list[st
         loop = f"if REDO:\n    {text.call(text.arguments, 'first', 'last', True, exact=True)}\nelse:\n    {loop}"
         exact = ["if not REDO:", *("    " + line for line in exact)]
         keep = "if REDO:\n    keep = (marked == 1)[:, None]\nelse:\n    keep = i < Tq"
-    body = dict(queries=text.queries(), hoisted=text.hoists(), start=text.start(packed=True), redo=REDO.strip() if finite else [], bounds=text.bounds(packed=True),
+    body = dict(keys=[f"{x}_ptr += tl.cast(b, tl.int64) * stride_{x}b + tl.cast({_key_head(x)}, tl.int64) * stride_{x}h" for x in text.keys], queries=text.queries(), hoisted=text.hoists(), start=text.start(packed=True), redo=REDO.strip() if finite else [], bounds=text.bounds(packed=True),
                 sinkless=['m = tl.where(split == 0, m, float("-inf"))  # the sink counts once', "l = tl.where(split == 0, l, 0.0)"] if sink else [],
                 loop=loop, exact=exact, keep=keep, finish=text.finish("keep"),
                 partial=[f"tl.store(acc_rows + vdims{n}[None, :], acc{n}, mask=(i < Tq){_inside(c, f'vdims{n}[None, :]')})" for n, c in enumerate(text.v_chunks)])
@@ -115,6 +115,11 @@ def decode_kernels(text: AttentionText, parameters: list[str], captures: list[st
     combine = fill(COMBINE, unit=text.times_unit, outputs=outputs, mark=[f"tl.store(near_ptr + row, tl.where(top <= {text.limit}, 1, 0))"] if text.finite_fill else [],
                    total=["total = tl.where(total == 0.0, 1.0, total)  # a row without a key gives 0, not 0/0"] if text.variant.empty == "zero" else [])
     return f"{kernel}\n\n{combine}"
+
+
+def _key_head(letter: str) -> str:
+    """The head of a part of the keys: a second part has as many heads as the first or fewer, its heads for whole groups of them."""
+    return "kv_head" if letter == "k" else f"kv_head * GROUP_K // GROUP_{letter.upper()}"
 
 
 def _inside(chunk, dims: str) -> str:

@@ -11,6 +11,7 @@ what is masked adds exp(fill - m): nothing in fp32 if m > fill + 104; a block wi
 """
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -23,7 +24,8 @@ from .printer import FP32_MAX, HELPERS, LOG2E, TritonText, float_text, fold_log2
 from .source import fill, used
 from .tiles import Chunk, chunks
 
-ALWAYS = ("H", "GROUP_K", "GROUP_V", "Tq", "Tk")  # sizes that every kernel reads
+ALWAYS = ("H", "GROUP_K", "GROUP_R", "GROUP_V", "Tq", "Tk")  # sizes that every kernel reads, GROUP_R where keys have a second part
+KEYS = "kr"  # the tensors of a key's parts: k, and r beside it along the head dim
 NEGLIGIBLE = 104.0  # exp(-104) is below half of the smallest positive float32
 
 ATTEND = '''
@@ -40,7 +42,7 @@ def attend($arguments):
 TILE = '''
 keys = tl.arange(0, BLOCK_N)
 j = j0 + keys[None, :]
-k_tile = k_ptr + tl.cast(j0, tl.int64) * stride_kj
+$tiles
 v_tile = v_ptr + tl.cast(j0, tl.int64) * stride_vj
 $scores
 $softmax
@@ -64,7 +66,7 @@ def attention_kernel($arguments):
     # offsets of batches, heads and blocks in 64 bits; inside a tile 32 bits are enough
     local = tl.arange(0, BLOCK_M)[:, None]
     q_rows = q_ptr + tl.cast(b, tl.int64) * stride_qb + tl.cast(h, tl.int64) * stride_qh + tl.cast(i0, tl.int64) * stride_qi + local * stride_qi
-    k_ptr += tl.cast(b, tl.int64) * stride_kb + tl.cast(h // GROUP_K, tl.int64) * stride_kh
+    $keys
     v_ptr += tl.cast(b, tl.int64) * stride_vb + tl.cast(h // GROUP_V, tl.int64) * stride_vh
     out_rows = out_ptr + tl.cast(b, tl.int64) * stride_ob + tl.cast(h, tl.int64) * stride_oh + tl.cast(i0, tl.int64) * stride_oi + local * stride_oi
     $queries
@@ -80,9 +82,12 @@ def attention_kernel($arguments):
 class AttentionText:
     """The parts of one variant's kernel as text."""
 
-    def __init__(self, variant: Variant, head_dim: int, value_dim: int, single: bool):
+    def __init__(self, variant: Variant, key_dims: tuple[int, ...], value_dim: int, single: bool):
         self.variant, self.single = variant, single
-        self.qk_chunks, self.v_chunks = chunks(head_dim), chunks(value_dim)
+        self.keys = KEYS[:len(key_dims)]
+        starts = [sum(key_dims[:n]) for n in range(len(key_dims))]
+        self.key_chunks = [(letter, start, dataclasses.replace(c, start=start + c.start)) for letter, start, dim in zip(self.keys, starts, key_dims) for c in chunks(dim)]
+        self.qk_chunks, self.v_chunks = tuple(c for *_, c in self.key_chunks), chunks(value_dim)
         self.masked = variant.mask_expr is not sympy.true
         self.ranges: Ranges = ranges(variant.mask_expr)
         self.value_dim = value_dim
@@ -129,8 +134,9 @@ class AttentionText:
     def scores(self) -> list[str]:
         precision = ', input_precision="ieee"' if self.single else ""
         lines = []
-        for n, chunk in enumerate(self.qk_chunks):
-            lines += self._load(f"k{n}", f"k_tile + dims{n}[:, None] * stride_kd + keys[None, :] * stride_kj", chunk, f"dims{n}[:, None]", "j")
+        for n, (letter, start, chunk) in enumerate(self.key_chunks):
+            dims = f"(dims{n}[:, None] - {start})" if start else f"dims{n}[:, None]"
+            lines += self._load(f"k{n}", f"{letter}_tile + {dims} * stride_{letter}d + keys[None, :] * stride_{letter}j", chunk, f"dims{n}[:, None]", "j")
             lines.append(f"s = tl.dot(q{n}, k{n}{', s' if n else ''}{precision})")
         return lines
 
@@ -180,13 +186,13 @@ class AttentionText:
 
     def attend(self, scalars: list[str]) -> tuple[str, list[str]]:
         """The function of the loop, and the names it takes from the kernel around it."""
-        tile = fill(TILE, scores=self.scores(), softmax=self.softmax(), values=self.values())
+        tile = fill(TILE, tiles=[f"{x}_tile = {x}_ptr + tl.cast(j0, tl.int64) * stride_{x}j" for x in self.keys], scores=self.scores(), softmax=self.softmax(), values=self.values())
         if self.tested:
             may = self.print(self.ranges.tile_test, names={"j_lo": "j0", "j_hi": "(tl.minimum(j0 + BLOCK_N, Tk) - 1)"})
             head = f"if TEST:\n    visit = {may}\nelse:\n    visit = j0 >= 0\nif visit:  # else the tile holds no visible key\n"
             tile = head + "".join(f"    {line}\n" for line in tile.splitlines())
         names = used(tile, ["b", "h", "i_lo", "i_hi", *scalars, *self.hoisted.values()])
-        arguments = [*self.state, *(f"q{n}" for n in range(len(self.qk_chunks))), "k_ptr", "v_ptr", "stride_kj", "stride_kd", "stride_vj", "stride_vd", "i", *names, "start", "stop"]
+        arguments = [*self.state, *(f"q{n}" for n in range(len(self.qk_chunks))), *(f"{x}_ptr" for x in self.keys), "v_ptr", *(f"stride_{x}{axis}" for x in (*self.keys, "v") for axis in "jd"), "i", *names, "start", "stop"]
         constants = ["BLOCK_N: tl.constexpr", "MASKED: tl.constexpr", "EXACT: tl.constexpr", *(["TEST: tl.constexpr"] if self.tested else [])]
         dims = self._dims("dims", self.qk_chunks) + self._dims("vdims", self.v_chunks)
         return fill(ATTEND, arguments=", ".join(arguments + constants), dims=dims, tile=tile, state=", ".join(self.state)), arguments[:-2]
@@ -285,6 +291,7 @@ class AttentionText:
         self.attend_text, self.arguments = self.attend([*sizes, *captures])
         falls = any(e.has(sc.I) for e in self.ranges.uppers)  # causal: the last block of rows is the longest, so it starts first
         body = dict(first_row="(blocks - 1 - block)" if falls else "block", order="  # the longest blocks first" if falls else "",
+                    keys=[f"{x}_ptr += tl.cast(b, tl.int64) * stride_{x}b + tl.cast(h // GROUP_{x.upper()}, tl.int64) * stride_{x}h" for x in self.keys],
                     queries=self.queries(), hoisted=self.hoists(), start=self.start(), bounds=self.bounds(), loops=self.loops(self.arguments),
                     exact=self.exact(self.arguments), finish=self.finish())
         names, unspecialized = self.parameters(body, captures, sizes)
@@ -294,7 +301,7 @@ class AttentionText:
     def parameters(self, body: dict, captures: list[str], sizes: list[str]) -> tuple[list[str], str]:
         """(parameters of captures and sizes that the kernel reads, the text that keeps Triton from compiling anew for each size)."""
         text = "\n".join("\n".join(part) if isinstance(part, list) else part for part in body.values())
-        read = [*used(text, captures), *(name for name in sizes if name in ALWAYS or name in used(text, sizes))]
+        read = [*used(text, captures), *(name for name in sizes if (name in ALWAYS and name != "GROUP_R") or name in used(text, sizes))]
         return read, ", ".join(f'"{name}"' for name in read if name in sizes)
 
     def functions(self) -> str:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
@@ -46,6 +47,7 @@ class Config:
         return f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}"
 
 
+MAX_WIDTH = 576
 #: (widest padded head dim, 16-bit on cuda, 16-bit on hip, fp32); the first of a list is the default, held to 0 spills by a test
 _TABLE = (
     (32, "128x128w8s3 128x128w4s3 128x64w4s3 64x64w4s3", "128x64w4s2 128x128w8s2", "64x32w8s2 32x32w4s2"),
@@ -53,6 +55,7 @@ _TABLE = (
     (128, "128x64w8s3 128x128w8s2 128x64w8s2 64x64w4s3", "128x64w8s1 128x32w8s1 64x64w4s1", "32x32w8s2 32x32w8s1 32x16w4s2"),
     (192, "128x64w8s2 64x64w4s2 64x32w4s2", "64x32w4s1 128x32w8s1", "32x16w8s1 32x32w8s1 16x16w4s1"),
     (256, "128x32w8s2 64x64w8s2 64x16w4s2", "64x32w4s1 32x32w4s1 64x32w8s1", "32x16w8s1 16x16w4s1"),
+    (576, "32x32w8s2 32x32w8s1", "32x16w4s1 32x16w8s1", "16x16w8s2 16x16w8s1"),  # 64 rows spill 300 bytes and more
 )
 #: the same for decoding, blocks of keys alone: the rows are those of a group of heads, padded to 16, 32 or 64
 _DECODE = (
@@ -60,12 +63,14 @@ _DECODE = (
     (128, "16x64w4s3 16x32w4s3 16x128w8s2", "16x64w4s1 16x32w4s2", "16x32w4s2 16x16w4s2"),
     (192, "16x32w4s3 16x64w4s2", "16x32w4s1", "16x16w4s2"),
     (256, "16x32w4s3 16x64w4s2", "16x32w4s1", "16x16w4s1"),
+    (576, "16x32w8s2 16x64w8s1 16x32w8s1", "16x32w4s1 16x32w8s1", "16x16w8s2 16x16w8s1"),
 )
 #: prefill with a captured element for every (query, key): its tile takes as many registers as the scores, and shared memory
 _DENSE = (
     (64, "128x64w8s2 64x64w4s2 64x32w4s2", "64x64w4s1 64x32w4s1", "32x32w8s1 32x16w4s1"),
     (128, "128x32w8s2 64x32w4s2", "64x32w4s1 32x32w4s1", "32x32w8s1 32x16w4s1"),
     (256, "64x32w4s1 128x32w8s1", "64x32w4s1 32x32w4s1", "32x16w8s1 16x16w4s1"),
+    (576, "32x32w8s1 32x16w8s1", "32x16w8s1", "16x16w8s1"),
 )
 #: where Hopper's tiles spill without wgmma, whose operands need no registers: 128x64w8s3 by 8 to 16 bytes at head dim 128
 _AMPERE = {"128x64w8s3 128x128w8s2 128x64w8s2 64x64w4s3": "64x64w4s3 128x64w8s3 128x64w8s2"}
@@ -73,11 +78,11 @@ _AMPERE = {"128x64w8s3 128x128w8s2 128x64w8s2 64x64w4s3": "64x64w4s3 128x64w8s3 
 INTERPRETER, INTERPRETER_DECODE = Config(64, 32, 4, 1), Config(16, 16, 4, 1)
 
 
-def configs(dtype: torch.dtype, head_dim: int, value_dim: int, backend: str, decode: bool = False, dense: bool = False) -> tuple[Config, ...]:
+def configs(dtype: torch.dtype, key_dims: Sequence[int], value_dim: int, backend: str, decode: bool = False, dense: bool = False) -> tuple[Config, ...]:
     """The configurations for backend "cuda" (Hopper and later), "ampere", "hip" or "cpu", the default first (research: FlashAttention-3's tile_size.h, Triton's tutorial 06)."""
     if backend == "cpu":
         return (INTERPRETER_DECODE if decode else INTERPRETER,)
-    width = max(sum(chunk.width for chunk in chunks(dim)) for dim in (head_dim, value_dim))
+    width = max(sum(chunk.width for dim in dims for chunk in chunks(dim)) for dims in (key_dims, (value_dim,)))
     _, cuda, hip, single = next(row for row in (_DECODE if decode else _DENSE if dense else _TABLE) if width <= row[0])
     text = single if dtype == torch.float32 else hip if backend == "hip" else cuda
     if backend == "ampere" and text in _AMPERE:

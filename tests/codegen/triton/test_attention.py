@@ -211,7 +211,7 @@ def test_a_mask_that_hides_everything():
 
 
 def test_what_has_no_kernel_is_refused():
-    for arguments in (dict(q_dtype=torch.float64, head_dim=64, value_dim=64), dict(q_dtype=torch.float16, head_dim=264, value_dim=64), dict(q_dtype=torch.float16, head_dim=64, value_dim=0),
+    for arguments in (dict(q_dtype=torch.float64, head_dim=64, value_dim=64), dict(q_dtype=torch.float16, head_dim=577, value_dim=64), dict(q_dtype=torch.float16, head_dim=576, value_dim=64, key_dims=(300, 276)), dict(q_dtype=torch.float16, head_dim=64, value_dim=0),
                       dict(q_dtype=torch.float16, head_dim=64, value_dim=64, capture_dtypes=[torch.complex64], capture_ranks=[1])):
         with pytest.raises(UnsupportedError):
             emit(Variant(), **arguments)
