@@ -11,34 +11,14 @@ their block. y = prologue(x) is computed once (linear_rows.h); where it is x its
 """
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from ...compiler.errors import UnsupportedError
-from ...compiler.ir import scalar as sc
 from ...compiler.ir.kernel import Kernel
-from ...compiler.ir.linear import NORMS, Spec
-from .linear_source import Loops
-from .printer import SIZE_LIMIT
-from .score import ELEMENTS, Captures
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FEW = 8  # rows up to which weights may be read in place
-_FOLDER = Path(__file__).parent
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Outputs that share weights, with those weights, and the pairs of their columns: block 1, half 0 for none."""
-
-    weights: tuple[int, ...]
-    outputs: tuple[int, ...]
-    width: int
-    block: int = 1
-    half: int = 0
+from ...compiler.ir.linear import Spec
+from .linear_parts import check, few, flag, groups, steps_source, text, unit_source, ways_source
+from .score import Captures
 
 
 def emit(spec: Spec, *, x_dtype: torch.dtype, weight_dtypes: Sequence[torch.dtype], capture_dtypes: Sequence[torch.dtype] = (), capture_ranks: Sequence[int] = (),
@@ -52,164 +32,18 @@ def emit(spec: Spec, *, x_dtype: torch.dtype, weight_dtypes: Sequence[torch.dtyp
     Tensors of a call: [*outputs, x, *weights, *captures], then the integers n0, n1, ...; floats: eps.
     Raises UnsupportedError for other dtypes, and for outputs of one weight with different pairs.
     """
-    for name, dtype in [("x", x_dtype), *((f"weight {n}", dtype) for n, dtype in enumerate(weight_dtypes))]:
-        if dtype not in DTYPES:
-            raise UnsupportedError(f"no C++ linear kernel for {name} of {dtype}", cure="use float32, float16 or bfloat16, or the reference target")
-    if max([k, *widths]) >= SIZE_LIMIT:
-        raise UnsupportedError(f"no C++ linear kernel for {k} -> {max(widths)} columns", cure=f"up to {SIZE_LIMIT - 1} are supported")
-    captures = Captures(tuple(capture_dtypes), tuple(capture_ranks))
+    check("linear", {"x": x_dtype} | {f"weight {n}": dtype for n, dtype in enumerate(weight_dtypes)}, widths, k)
     found = groups(spec, widths)
-    outputs, weights = len(spec.epilogues), len(weight_dtypes)
-    at = outputs + 1  # of the first weight in a call
-    lies = {_lies(unit[at + w] if unit is not None else None) for w in range(weights)}
+    at = len(spec.epilogues) + 1  # of the first weight in a call
+    lies = {_lies(unit[at + w] if unit is not None else None) for w in range(len(weight_dtypes))}
     is_few, is_many = (rows is None or rows <= few(k)) and "apart" not in lies, rows is None or rows > few(k) or bool(lies & {"apart", None})
-    steps = (4, 2, 1) if rows is None else tuple(n for n in (4, rows % 4) if 0 < n <= rows)
     halves = {x_dtype, *weight_dtypes} == {torch.bfloat16}
-    loops = Loops(captures, num_sizes, unit[at + weights:] if unit is not None else None)
-    prologue = loops.function("prologue", "const Call& call, int64_t i, const float* from, float u, float r, float* to, int64_t first, int64_t width", spec.prologue_expr, k, {"x": "from[n]"})
-    epilogues = [_epilogue(loops, spec, group, o) for group in found for o in group.outputs]
-    detail = _detail(spec, x_dtype, weight_dtypes, widths, k)
-    identity = spec.prologue_expr == sc.X
-    parts = [
-        f"// tileweld linear: out_o[i, j] = epilogue_o(a0, a1, ...), a_w = prologue(x) w^T; from the rewrite `linear`\n//   {detail}\n"
-        f"//   dtypes x {_name(x_dtype)}, weights {', '.join(map(_name, weight_dtypes))}, captures {', '.join(map(_name, captures.dtypes)) or 'none'}\n#include <omp.h>\n",
-        _text("vector.h"), _text("scalar_math.h"),
-        "// ---- this variant\n",
-        f"using X = {ELEMENTS[x_dtype]};\nconstexpr int64_t K = {k};\nconstexpr int NORM = {NORMS.index(spec.norm)}, OUTPUTS = {outputs}, WEIGHTS = {weights};\n"
-        f"constexpr bool IDENTITY = {_flag(identity)};  // the prologue is x\n",
-        f"// known of every call\nconstexpr bool X_UNIT = {_flag(unit is not None and unit[outputs][1])}, OUT_UNIT = {_flag(unit is not None and all(u[1] for u in unit[:outputs]))};  // rows without gaps\n"
-        f"constexpr bool BY_ROWS = {_flag(lies & {'rows', None})}, BY_COLUMNS = {_flag(lies & {'columns', None})}, APART = {_flag(lies & {'apart', None})};  // weights that lie so\n",
-        _text("linear_call.h"),
-        _groups_source(found),
-        _call_source(captures, num_sizes, len(spec.epilogues), weight_dtypes, loops.unit_source()),
-        prologue,
-        *epilogues,
-        _text("linear_rows.h"),
-        _finish_source(found, spec),
-        *([f"constexpr int STEPS = {sum(1 << n for n in steps)};  // bit R: R rows at a time\n", _text("linear_few.h")] if is_few else []),
-        *([f"constexpr bool BFLOAT16 = {_flag(halves)};  // x and the weights\n", _text("linear_many.h")] if is_many else []),
-        _entry(is_few, is_many, few(k)),
-    ]
-    return Kernel("linear", "cpp", "\n".join(parts), "linear", rewrite="linear", detail=detail)
-
-
-def few(k: int) -> int:
-    """The number of rows of x [M, k] up to which weights are read where they lie: two always; up to eight, four at a time, where those stay in an
-    L1 cache of 32 KiB beside the weight (at K = 4096 packing was faster from 4 rows on, at K = 1024 from 12)."""
-    return max([2, *(n for n in range(3, FEW + 1) if min(n, 4) * k <= 6144)])
-
-
-def groups(spec: Spec, widths: Sequence[int]) -> list[Group]:
-    """The outputs joined by the weights they share, in order of their first output."""
-    joined: list[tuple[set, list]] = []
-    for o in range(len(spec.epilogues)):
-        weights, outputs = set(spec.accumulators(o)), [o]
-        if not weights:
-            raise UnsupportedError(f"epilogue {spec.epilogues[o]!r} names no accumulator")
-        for other in [g for g in joined if g[0] & weights]:
-            joined.remove(other)
-            weights, outputs = weights | other[0], other[1] + outputs
-        joined.append((weights, outputs))
-    found = []
-    for weights, outputs in sorted(joined, key=lambda g: min(g[1])):
-        pairs = {spec.pairs[o] for o in outputs if spec.partners(o)}
-        sizes = {widths[w] for w in weights}
-        if len(pairs) > 1 or len(sizes) > 1:
-            raise UnsupportedError(f"outputs {sorted(outputs)} share weights and differ in {'pairs' if len(pairs) > 1 else 'width'}", cure="run them as separate ops")
-        block, half = pairs.pop() if pairs else (1, 0)
-        width = sizes.pop()
-        if block < 1 or width % block or 2 * half > block:
-            raise UnsupportedError(f"pairs in blocks of {block}, half {half}, for {width} columns", cure="whole blocks are supported")
-        found.append(Group(tuple(sorted(weights)), tuple(sorted(outputs)), width, block, half))
-    return found
-
-
-def _text(name: str) -> str:
-    return (_FOLDER / name).read_text()
-
-
-def _flag(x) -> str:
-    return str(bool(x)).lower()
+    ways = ways_source(is_few, is_many, [steps_source(rows), text("linear_dots.h"), text("linear_few_plain.h"), text("linear_few.h")],
+                       [f"constexpr bool BFLOAT16 = {flag(halves)};  // x and the weights\n", text("linear_lanes.h"), text("linear_plain.h"), text("linear_many.h")], few(k), "linear")
+    source, detail = unit_source(spec, found, title="tileweld linear: out_o[i, j] = epilogue_o(a0, a1, ...), a_w = prologue(x) w^T", x_dtype=x_dtype, weight_dtypes=weight_dtypes,
+                                 captures=Captures(tuple(capture_dtypes), tuple(capture_ranks)), widths=widths, k=k, num_sizes=num_sizes, unit=unit, lies=lies, ways=ways)
+    return Kernel("linear", "cpp", source, "linear", rewrite="linear", detail=detail)
 
 
 def _lies(unit: Sequence[bool] | None) -> str | None:
     return None if unit is None else "rows" if unit[1] else "columns" if unit[0] else "apart"
-
-
-def _entry(is_few: bool, is_many: bool, most: int) -> str:
-    lines = ['extern "C" void linear(void* const* data, const int64_t* ints, const double* floats) {', "    const Call call = read_call(data, ints, floats);", "    if (call.rows == 0 || TOTAL == 0) return;"]
-    if is_few and is_many:
-        lines += [f"    bool few = call.rows <= {most};", "    for (const Weight& weight : call.weight) few &= weight.column == 1 || weight.row == 1;", "    few ? few_rows(call) : many_rows(call);"]
-    else:
-        lines.append(f"    {'few' if is_few else 'many'}_rows(call);")
-    return "\n".join([*lines, "}", ""])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _detail(spec, x_dtype, weight_dtypes, widths, k):
-    norm = f"{spec.norm} norm, " if spec.norm else ""
-    prologue = f"{spec.prologue} -> " if spec.prologue != "x" or spec.norm else ""
-    return f"{norm}{prologue}{'; '.join(spec.epilogues)}; {_name(x_dtype)} {k} -> {'+'.join(map(str, widths))}"
-
-
-def _epilogue(loops: Loops, spec: Spec, group: Group, output: int) -> str:
-    names = {f"{letter}{w}": f"{letter}[{slot} * {letter}_slot + n]" for slot, w in enumerate(group.weights) for letter in "ap"}
-    parameters = "const Call& call, int64_t i, const float* a, int64_t a_slot, const float* p, int64_t p_slot, int64_t first, int64_t width, float* to"
-    return loops.function(f"epilogue_{output}", parameters, spec.epilogue_exprs[output], group.width, names)
-
-
-def _groups_source(found: Sequence[Group]) -> str:
-    order = [w for group in found for w in group.weights]
-    widths = [group.width for group in found for _ in group.weights]
-    padded = [(n + 15) // 16 * 16 for n in widths]
-    firsts = [sum(len(g.weights) for g in found[:n]) for n in range(len(found))]
-    listed = ", ".join
-    return "\n".join([
-        f"constexpr int ORDERED = {len(order)}, MOST_SLOTS = {max(len(g.weights) for g in found)};",
-        f"constexpr int ORDER[] = {{{listed(map(str, order))}}};  // the weights, by groups",
-        f"constexpr int64_t WIDTH[] = {{{listed(map(str, widths))}}};",
-        f"constexpr int64_t OFFSET[] = {{{listed(str(sum(padded[:n])) for n in range(len(padded)))}}}, TOTAL = {sum(padded)};  // of their columns in a row of sums",
-        f"constexpr Group GROUPS[] = {{{listed(f'{{{first}, {len(g.weights)}, {g.width}, {g.block}}}' for first, g in zip(firsts, found))}}};",
-        f"constexpr int64_t LONGEST_BLOCK = {max(g.block for g in found)};", ""])
-
-
-def _call_source(captures: Captures, num_sizes: int, outputs: int, weight_dtypes: Sequence[torch.dtype], unit: str) -> str:
-    """``struct Call``: the arguments by name, and how they are read from the launcher's arrays."""
-    fields, reads, weights = [], [], len(weight_dtypes)
-    at, x_at = 4 * (outputs + 1 + weights), 4 * outputs
-    reads += [f"    call.out[{o}] = {{static_cast<X*>(data[{o}]), ints[{4 * o + 2}], ints[{4 * o + 3}]}};" for o in range(outputs)]
-    reads += [f"    call.x = static_cast<const X*>(data[{outputs}]);", f"    call.rows = ints[{x_at}], call.x_row = ints[{x_at + 2}], call.x_column = ints[{x_at + 3}];"]
-    reads += [f"    call.weight[{w}] = {{data[{outputs + 1 + w}], ints[{x_at + 6 + 4 * w}], ints[{x_at + 7 + 4 * w}]}};" for w in range(weights)]
-    for k, (dtype, rank) in enumerate(zip(captures.dtypes, captures.ranks)):
-        fields += [f"    const {ELEMENTS[dtype]}* c{k};", f"    const int64_t *c{k}_size, *c{k}_stride;  // rank {rank}"]
-        reads.append(f"    call.c{k} = static_cast<const {ELEMENTS[dtype]}*>(data[{outputs + 1 + weights + k}]), call.c{k}_size = ints + {at}, call.c{k}_stride = ints + {at + rank};")
-        at += 2 * rank
-    fields += [f"    int64_t n{k};" for k in range(num_sizes)]
-    reads += [f"    call.n{k} = ints[{at + k}];" for k in range(num_sizes)]
-    kinds = list(dict.fromkeys(weight_dtypes))
-    cases = [f"    if ({' || '.join(f'w == {w}' for w, other in enumerate(weight_dtypes) if other == dtype)}) return f(static_cast<const {ELEMENTS[dtype]}*>(call.weight[w].data));" for dtype in kinds[1:]]
-    return "\n".join([
-        "struct Call {", "    Out out[OUTPUTS];", "    const X* x;", "    int64_t rows, x_row, x_column;", "    Weight weight[WEIGHTS];", "    float eps;",
-        "    bool unit;  // captures lie as the loops over columns read them", *fields, "};", "",
-        "static Call read_call(void* const* data, const int64_t* ints, const double* floats) {", "    Call call;", *reads, "    call.eps = float(floats[0]);", f"    call.unit = {unit};", "    return call;", "}", "",
-        "// f of weight w's elements by their dtype", "template <class F>", "INLINE void with_elements(const Call& call, int w, F f) {", *cases,
-        f"    f(static_cast<const {ELEMENTS[kinds[0]]}*>(call.weight[w].data));", "}", ""])
-
-
-def _finish_source(found: Sequence[Group], spec: Spec) -> str:
-    """``finish``: the epilogues of a group's outputs over the columns [first, first + width) of row i; the sums of its weights are `slot` apart."""
-    lines = ["static void finish(const Call& call, int group, const float* a, int64_t slot, int64_t i, int64_t first, int64_t width, float* scratch) {",
-             "    const int64_t p_slot = round_up(width, GRAIN);", "    float* results = scratch + MOST_SLOTS * p_slot;", "    switch (group) {"]
-    for number, group in enumerate(found):
-        lines.append(f"        case {number}:")
-        partners = {w for o in group.outputs for w in spec.partners(o)}
-        lines += [f"            exchange<{group.block}, {group.half}>(scratch + {s} * p_slot, a + {s} * slot, width);" for s, w in enumerate(group.weights) if w in partners]
-        for o in group.outputs:
-            lines += ["            {", f"                float* const to = results_at(call.out[{o}], i, first, results);",
-                      f"                epilogue_{o}(call, i, a, slot, scratch, p_slot, first, width, to);",
-                      f"                deliver(call.out[{o}], i, first, width, to);", "            }"]
-        lines.append("            break;")
-    return "\n".join([*lines, "    }", "}", ""])

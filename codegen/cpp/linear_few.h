@@ -1,118 +1,6 @@
-// Few rows: every weight is read once, where it lies, at the speed of memory.
-
-constexpr int64_t AHEAD = 8192;  // bytes, into the L2 cache: 22.8 against 14.4 GB/s at K = 576, where the hardware's own prefetcher is late; elsewhere no loss
-
-// Vectors of K between two branches: the most that divide K, else 8.
-template <int R>
-constexpr int unrolled() {
-    for (int n = 24 / R; n > 8; --n)
-        if (K % (n * VL) == 0) return n;
-    return K >= 8 * VL ? 8 : 1;
-}
-
-// totals[r] = y[r] . w, as one vector whose lanes are still to be added, for R rows of y. A weight is read as one stream: several of its rows at
-// a time, which would load y less often, were slower (four: 13.3, eight: 15.6, one: 19.6 GB/s at K = 576).
-template <int R, class W>
-static inline void dots(const W* w, const float* y, int64_t y_row, Vector (*totals)[VL]) {
-    constexpr int U = R <= 2 ? 4 : 2, STEP = unrolled<R>();  // four to eight sums at a time hide the latency of an FMA
-    Vector sums[U][R] = {};
-    int64_t k = 0;
-    for (; k + STEP * VL <= K; k += STEP * VL)
-#pragma GCC unroll 64
-        for (int n = 0; n < STEP; ++n) {
-            __builtin_prefetch(reinterpret_cast<const char*>(w + k + n * VL) + AHEAD, 0, 2);
-            const Vector v = load_vector(w + k + n * VL);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) sums[n % U][r] += v * load_vector(y + r * y_row + k + n * VL);
-        }
-    for (; k + VL <= K; k += VL) {
-        const Vector v = load_vector(w + k);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sums[0][r] += v * load_vector(y + r * y_row + k);
-    }
-    if constexpr (K % VL != 0) {
-        const Vector v = gather_part(w + k, 1, int(K - k));
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sums[0][r] += v * gather_part(y + r * y_row + k, 1, int(K - k));
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-        Vector total = sums[0][r];
-#pragma GCC unroll 4
-        for (int n = 1; n < U; ++n) total += sums[n][r];
-        totals[r][0] = total;
-    }
-}
-
-// to[r][c] = y[r] . w[c]; `to` is written in whole vectors of columns
-template <int R, class W>
-static __attribute__((noinline)) void dots_of(const W* w, int64_t w_row, int64_t columns, const float* y, int64_t y_row, float* to, int64_t to_row) {
-    for (int64_t c = 0; c < columns; c += VL) {
-        Vector totals[R][VL] = {};
-        for (int n = 0; n < VL && c + n < columns; ++n) dots<R>(w + (c + n) * w_row, y, y_row, reinterpret_cast<Vector (*)[VL]>(&totals[0][n]));
-        for (int r = 0; r < R; ++r) {
-            transpose(totals[r]);
-            Vector total = totals[r][0];
-#pragma GCC unroll 16
-            for (int lane = 1; lane < VL; ++lane) total += totals[r][lane];
-            store_vector(to + r * to_row + c, total);
-        }
-    }
-}
-
-// The same where the columns of w lie together, `w_column` from one k to the next: a transposed weight, [K, N] in memory.
-// U of its rows at a time go through all columns and are added to the sums, which stay in the L1 cache: U streams, as the hardware's prefetcher likes them.
-template <int R, int U, class W, class Load>
-INLINE void add_column(const W* w, int64_t w_column, const float* y, int64_t y_row, float* to, int64_t to_row, Load load) {
-    Vector sums[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) sums[r] = load_vector(to + r * to_row);
-#pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) {
-        __builtin_prefetch(w + (u + U) * w_column, 0, 2);
-        const Vector row = load(w + u * w_column);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sums[r] += row * y[r * y_row + u];
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) store_vector(to + r * to_row, sums[r]);
-}
-template <int R, int U, class W>
-INLINE void add_rows(const W* w, int64_t w_column, int64_t columns, const float* y, int64_t y_row, float* to, int64_t to_row) {
-    int64_t c = 0;
-    for (; c + VL <= columns; c += VL) add_column<R, U>(w + c, w_column, y, y_row, to + c, to_row, [](const W* from) { return load_vector(from); });
-    if (c < columns) add_column<R, U>(w + c, w_column, y, y_row, to + c, to_row, [&](const W* from) { return gather_part(from, 1, int(columns - c)); });
-}
-template <int R, class W>
-static __attribute__((noinline)) void transposed_dots_of(const W* w, int64_t w_column, int64_t columns, const float* y, int64_t y_row, float* to, int64_t to_row) {
-    constexpr int U = 8 / R;
-    for (int r = 0; r < R; ++r) std::memset(to + r * to_row, 0, sizeof(float) * round_up(columns, VL));
-    int64_t k = 0;
-    for (; k + U <= K; k += U) add_rows<R, U>(w + k * w_column, w_column, columns, y + k, y_row, to, to_row);
-    for (; k < K; ++k) add_rows<R, 1>(w + k * w_column, w_column, columns, y + k, y_row, to, to_row);
-}
-
-template <int R, class W>
-INLINE bool dot_rows(const W* w, int64_t w_row, int64_t w_column, int64_t columns, const float* y, int64_t y_row, int64_t rows, float* to, int64_t to_row) {
-    if constexpr (STEPS >> R & 1)
-        if (rows >= R) {
-            if (BY_ROWS && (!BY_COLUMNS || w_column == 1)) dots_of<R>(w, w_row, columns, y, y_row, to, to_row);
-            else if (BY_COLUMNS) transposed_dots_of<R>(w, w_column, columns, y, y_row, to, to_row);
-            return true;
-        }
-    return false;
-}
-template <class W>
-INLINE void dot_columns(const W* w, int64_t w_row, int64_t w_column, int64_t columns, const float* y, int64_t y_row, int64_t rows, float* to, int64_t to_row) {
-    for (int64_t r = 0; r < rows;) {  // later rows of y find the rows of the weight in the L2 cache
-        const float* from = y + r * y_row;
-        float* at = to + r * to_row;
-        if (dot_rows<4>(w, w_row, w_column, columns, from, y_row, rows - r, at, to_row)) r += 4;
-        else if (dot_rows<3>(w, w_row, w_column, columns, from, y_row, rows - r, at, to_row)) r += 3;
-        else if (dot_rows<2>(w, w_row, w_column, columns, from, y_row, rows - r, at, to_row)) r += 2;
-        else if (dot_rows<1>(w, w_row, w_column, columns, from, y_row, rows - r, at, to_row)) r += 1;
-    }
-}
+// Few rows: every weight is read once, where it lies, at the speed of memory. Threads share chunks of columns of all weights.
+//
+// What is multiplied how, the includer has said: `few_size`, `few_ready`, `make_few`, `few_columns`.
 
 // Do pairs lie further apart than a chunk? Then epilogues run when all sums are there, behind a barrier; else chunk by chunk.
 constexpr bool is_paired() {
@@ -124,11 +12,11 @@ constexpr bool PAIRED = is_paired();
 
 static void few_rows(const Call& call) {
     const int threads = TOTAL * K >= PARALLEL_FROM ? omp_get_max_threads() : 1;
-    const bool ready = is_ready(call, call.rows == 1);
-    int64_t times = 1;
+    const bool ready = few_ready(call);
+    int64_t times = larger_size(1, smaller(FEW_TIMES, TOTAL / (64 * threads)));
     for (int n = 0; BY_COLUMNS && n < ORDERED; ++n)  // of a transposed weight, wide chunks: long stretches of each k, whose sums stay in the L1 cache
         if (call.weight[ORDER[n]].column != 1) times = larger_size(TOTAL >= 512 * threads ? 16 : 8, smaller(256, TOTAL / (threads > 1 ? 3 * threads : 1) / 16));
-    const int64_t rows = call.rows, y_size = ready ? 0 : rows * Y_ROW, scratch_size = (MOST_SLOTS + 1) * round_up(larger_size(16, times) * 48 + LONGEST_BLOCK + VL, GRAIN);
+    const int64_t rows = call.rows, y_size = ready ? 0 : round_up(few_size(rows), GRAIN), scratch_size = (MOST_SLOTS + 1) * round_up(larger_size(16, times) * 48 + LONGEST_BLOCK + VL, GRAIN);
     Workspace workspace(rows * TOTAL + threads * (y_size + scratch_size) + 64);
     float *sums = workspace.take(rows * TOTAL), *scratch = workspace.data;
     int64_t chunks = 0, pieces = 0;
@@ -142,7 +30,7 @@ static void few_rows(const Call& call) {
         const float* y = ready ? reinterpret_cast<const float*>(call.x) : own;
         const int64_t y_row = ready ? call.x_row : Y_ROW;
         if (!ready)  // by every thread for itself: a few rows are made faster than a barrier is passed
-            for (int64_t i = 0; i < rows; ++i) make_row(call, i, own + i * Y_ROW);
+            make_few(call, own);
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             int64_t at = chunk;
@@ -150,10 +38,7 @@ static void few_rows(const Call& call) {
             for (; at >= GROUPS[g].parts(times * GROUPS[g].chunk()); ++g) at -= GROUPS[g].parts(times * GROUPS[g].chunk());
             const Group& group = GROUPS[g];
             const int64_t first = at * times * group.chunk(), columns = smaller(times * group.chunk(), group.width - first);
-            for (int n = group.first; n < group.first + group.slots; ++n) {
-                const Weight& weight = call.weight[ORDER[n]];
-                with_elements(call, ORDER[n], [&](auto* w) { dot_columns(w + first * weight.row, weight.row, weight.column, columns, y, y_row, rows, sums + OFFSET[n] + first, TOTAL); });
-            }
+            for (int n = group.first; n < group.first + group.slots; ++n) few_columns(call, n, first, columns, y, y_row, sums + OFFSET[n] + first, TOTAL);
             if (!PAIRED)
                 for (int64_t i = 0; i < rows; ++i) finish(call, g, sums + i * TOTAL + OFFSET[group.first] + first, round_up(group.width, GRAIN), i, first, columns, own + y_size);
         }

@@ -1,16 +1,9 @@
 // Many rows: a strip of the weights' columns is packed into the L2 cache and meets all rows; its sums go through the epilogue
 // while they are in the L1 cache. No weight is copied as a whole.
 //
-// The products run over lanes of 32 bits: a float, or where all is bfloat16 and the processor multiplies it, two neighbours along K, of which an
-// instruction adds both products in float32. y is then rounded to bfloat16 before the product, as eager's is.
+// The products run over lanes of 32 bits, EACH elements along K in one. What a lane holds, how rows and weights get into lanes and what has to be done to
+// sums before they are accumulators, the includer has said: LANES, `add_product`, `make_lanes`, `with_source`, `begin_call`, `begin_strip`, `settle`.
 
-#if defined(__AVX512BF16__)
-constexpr bool HALVES = BFLOAT16;
-#else
-constexpr bool HALVES = false;
-#endif
-constexpr int64_t LANES = HALVES ? (K + 1) / 2 : K;  // of a row of y, of a column of a weight
-constexpr int64_t LANES_ROW = HALVES ? round_up(LANES, GRAIN) + (round_up(LANES, GRAIN) % 256 == 0 ? GRAIN : 0) : Y_ROW;  // see Y_ROW
 // Are there strips whose last panel has one vector of columns? They take half the products.
 constexpr bool has_narrow_panels() {
     bool narrow = false;
@@ -25,22 +18,12 @@ constexpr int BLOCK_ROWS = VL == 16 ? 12 : 6;   // its rows: 24 sums of AVX-512'
 constexpr int64_t PACKED = int64_t(1) << 17;    // floats of a packed strip: 512 KiB, half of an L2 cache
 constexpr int64_t Y_FLOATS = int64_t(1) << 22;  // 16 MiB of y at a time; at least 512 rows, for which a strip is packed once
 
-// A lane in all lanes; sum + x y (by value: sums whose address an asm takes would live in memory).
+// A lane in all lanes.
 INLINE Vector spread(const float* p) {
     uint32_t bits;
     std::memcpy(&bits, p, sizeof(bits));
     return bit_cast<Vector>(bits - BitVector{});
 }
-INLINE Vector add_product(Vector sum, Vector x, Vector y) {
-#if defined(__AVX512BF16__)
-    if constexpr (HALVES) {
-        asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
-        return sum;
-    }
-#endif
-    return sum + x * y;
-}
-
 // to[r][j] (+)= sum over k of y[r][k] panel[k][j], for R rows and V vectors of columns
 template <int R, int V>
 static __attribute__((noinline)) void multiply(const float* y, int64_t y_row, const float* panel, int64_t depth, float* to, int64_t to_row, bool first) {
@@ -77,42 +60,13 @@ INLINE void multiply_block(int rows, const float* y, int64_t y_row, const float*
     for (; r < rows; ++r) multiply<1, V>(y + r * y_row, y_row, panel, depth, to + r * to_row, to_row, first);
 }
 
-// Lanes of two bfloat16 each; as floats those have their bits above sixteen zeros.
-INLINE Vector paired(Vector low, Vector high) { return bit_cast<Vector>(bit_cast<BitVector>(low) >> 16 | bit_cast<BitVector>(high)); }
-
-// VL lanes of a weight along K: `left` elements are there, `column` apart.
-template <class W>
-INLINE Vector lanes_along(const W* w, int64_t column, int64_t left) {
-    if constexpr (HALVES) {
-        if ((!APART || column == 1) && left >= 2 * VL) {
-            Vector lanes;
-            std::memcpy(&lanes, w, sizeof(lanes));
-            return lanes;
-        }
-        const int count = int(smaller(2 * VL, left));
-        return paired(gather_part(w, 2 * column, (count + 1) / 2), gather_part(w + column, 2 * column, count / 2));
-    } else {
-        return (!APART || column == 1) && left >= VL ? load_vector(w) : gather_part(w, column, int(smaller(VL, left)));
-    }
-}
-// A lane of each of `count` columns of a weight that lies by columns.
-template <class W>
-INLINE Vector lanes_across(const W* w, int64_t column, int64_t left, int count) {
-    if constexpr (HALVES) {
-        return paired(gather_vector(w, 1, count), left > 1 ? gather_vector(w + column, 1, count) : Vector{});
-    } else {
-        return gather_vector(w, 1, count);
-    }
-}
-
-// Rows of a weight to the columns of a panel [depth][PANEL], zeros past the last; `left` elements of K are there
-template <class W>
-static __attribute__((noinline)) void pack(const W* w, int64_t row, int64_t column, int64_t columns, int64_t depth, int64_t left, float* __restrict to) {
-    constexpr int64_t EACH = HALVES ? 2 : 1;
+// Rows of a weight to the columns of a panel [depth][PANEL], zeros past the last: rows [n, n + columns), elements of K from `start` on
+template <class Source>
+static __attribute__((noinline)) void pack(const Source source, int64_t n, int64_t columns, int64_t start, int64_t depth, float* __restrict to) {
     if constexpr (BY_COLUMNS)
-        if (!(BY_ROWS || APART) || (row == 1 && column != 1)) {
-            for (int64_t k = 0; k < depth; ++k, to += PANEL)
-                for (int c = 0; c < PANEL; c += VL) store_vector(to + c, c < columns ? lanes_across(w + EACH * k * column + c, column, left - EACH * k, int(smaller(VL, columns - c))) : Vector{});
+        if (source.by_columns()) {
+            for (int64_t k = start; k < start + EACH * depth; k += EACH, to += PANEL)
+                for (int c = 0; c < PANEL; c += VL) store_vector(to + c, c < columns ? source.across(n + c, k, K - k, int(smaller(VL, columns - c))) : Vector{});
             return;
         }
     if constexpr (BY_ROWS || APART)
@@ -120,28 +74,12 @@ static __attribute__((noinline)) void pack(const W* w, int64_t row, int64_t colu
             for (int64_t k = 0; k < depth; k += VL) {
                 Vector rows[VL];
 #pragma GCC unroll 16
-                for (int n = 0; n < VL; ++n) rows[n] = c + n < columns ? lanes_along(w + (c + n) * row + EACH * k * column, column, left - EACH * k) : Vector{};
+                for (int r = 0; r < VL; ++r) rows[r] = c + r < columns ? source.along(n + c + r, start + EACH * k, K - start - EACH * k) : Vector{};
                 transpose(rows);
 #pragma GCC unroll 16
-                for (int n = 0; n < VL; ++n)
-                    if (k + n < depth) store_vector(to + (k + n) * PANEL + c, rows[n]);
+                for (int r = 0; r < VL; ++r)
+                    if (k + r < depth) store_vector(to + (k + r) * PANEL + c, rows[r]);
             }
-}
-
-// y of row i in lanes, at `to`; `floats` holds Y_ROW.
-INLINE void make_lanes(const Call& call, int64_t i, float* to, float* floats) {
-    if constexpr (HALVES) {
-        std::memset(floats + K, 0, sizeof(float) * (Y_ROW - K));
-        make_row(call, i, floats);
-        for (int64_t k = 0; k < round_up(K, VL); k += VL) write_vector(reinterpret_cast<BFloat16*>(to) + k, load_vector(floats + k));
-    } else {
-        make_row(call, i, to);
-    }
-}
-// May the products read x itself?
-INLINE bool is_x_ready(const Call& call) {
-    if constexpr (HALVES) return IDENTITY && K % 2 == 0 && has_unit(call) && call.x_row % 2 == 0 && call.x_row % 512 != 0;
-    else return is_ready(call, false);
 }
 
 struct Strip {
@@ -154,7 +92,8 @@ struct Strip {
 };
 
 // One strip of a group, from column `first`, for the rows [begin, end); y is that of row `begin`.
-static void multiply_strip(const Call& call, int g, int64_t first, int64_t begin, int64_t end, const float* y, int64_t y_row, float* packed, float* sums, float* scratch) {
+// packed, sums, floats, outer, scratch are the thread's.
+static void multiply_strip(const Call& call, int g, int64_t first, int64_t begin, int64_t end, const float* y, int64_t y_row, const float* shared, float* packed, float* sums, float* floats, float* outer, float* scratch) {
     const Group& group = GROUPS[g];
     const Strip strip(group);
     const int64_t width = smaller(strip.step, group.width - first), panels = strip.slot / PANEL, row = strip.row(group);
@@ -162,14 +101,11 @@ static void multiply_strip(const Call& call, int g, int64_t first, int64_t begin
         const int64_t depth = smaller(strip.depth, LANES - k);
         const bool last = k + depth >= LANES;
         for (int s = 0; s < group.slots; ++s) {
-            const int w = ORDER[group.first + s];
-            const Weight& weight = call.weight[w];
-            const int64_t start = HALVES ? 2 * k : k;
-            with_elements(call, w, [&](auto* from) {
-                for (int64_t p = 0; p * PANEL < width; ++p)
-                    pack(from + (first + p * PANEL) * weight.row + start * weight.column, weight.row, weight.column, width - p * PANEL, depth, K - start, packed + (s * panels + p) * PANEL * depth);
+            with_source(call, ORDER[group.first + s], first, [&](auto source) {
+                for (int64_t p = 0; p * PANEL < width; ++p) pack(source, p * PANEL, width - p * PANEL, EACH * k, depth, packed + (s * panels + p) * PANEL * depth);
             });
         }
+        if (last) begin_strip(call, g, first, width, strip.slot, shared, outer);
         for (int64_t i = begin; i < end; i += BLOCK_ROWS) {
             const int rows = int(smaller(BLOCK_ROWS, end - i));
             float* tile = strip.depth >= LANES ? sums : sums + (i - begin) * row;
@@ -182,7 +118,10 @@ static void multiply_strip(const Call& call, int g, int64_t first, int64_t begin
                     else if constexpr (NARROW) multiply_block<1>(rows, from, y_row, panel, depth, to, row, k == 0);
                 }
             if (last)
-                for (int r = 0; r < rows; ++r) finish(call, g, tile + r * row, strip.slot, i + r, first, width, scratch);
+                for (int r = 0; r < rows; ++r) {
+                    settle(call, g, y + (i + r - begin) * y_row, tile + r * row, strip.slot, i + r, first, width, shared, outer, floats);
+                    finish(call, g, tile + r * row, strip.slot, i + r, first, width, scratch);
+                }
         }
     }
 }
@@ -191,12 +130,13 @@ static void many_rows(const Call& call) {
     const int threads = call.rows * TOTAL * K >= 8 * PARALLEL_FROM ? omp_get_max_threads() : 1;
     const bool ready = is_x_ready(call);
     const int64_t most = round_up(larger_size(Y_FLOATS / LANES_ROW, 512), BLOCK_ROWS), span = smaller(call.rows, most);
-    int64_t strips = 0, packed_size = 0, sums_size = 0, scratch_size = 0;
+    int64_t strips = 0, packed_size = 0, sums_size = 0, outer_size = 0, scratch_size = 0;
     for (const Group& group : GROUPS) {
         const Strip strip(group);
         strips += group.parts(strip.step);
         packed_size = larger_size(packed_size, strip.row(group) * strip.depth);
         sums_size = larger_size(sums_size, strip.row(group) * (strip.depth >= LANES ? BLOCK_ROWS : span));
+        outer_size = larger_size(outer_size, OUTER * strip.row(group));
         scratch_size = larger_size(scratch_size, (group.slots + 1) * round_up(strip.step, PANEL));
     }
     // Rows are cut into parts where whole strips would leave threads without work; each part packs its strip again, in the time of 24 rows.
@@ -206,19 +146,20 @@ static void many_rows(const Call& call) {
         const double cost = double((strips * p + threads - 1) / threads) * double(round_up((span + p - 1) / p, BLOCK_ROWS) + 24);
         if (p == 1 || cost < 0.98 * least) parts = p, least = cost;
     }
-    const int64_t part = round_up((span + parts - 1) / parts, BLOCK_ROWS), y_size = HALVES && !ready ? Y_ROW : 0;
-    const int64_t own_size = round_up(packed_size + sums_size + scratch_size + y_size + 3 * GRAIN, GRAIN);
-    Workspace workspace((ready ? 0 : span * LANES_ROW) + threads * own_size + 64);
-    float *made = workspace.take(ready ? 0 : span * LANES_ROW), *scratch = workspace.data;
+    const int64_t part = round_up((span + parts - 1) / parts, BLOCK_ROWS), floats_size = ready ? 0 : LANES_BUFFER;
+    const int64_t own_size = round_up(packed_size + sums_size + scratch_size + floats_size + outer_size + 3 * GRAIN, GRAIN);
+    Workspace workspace((ready ? 0 : span * LANES_ROW) + SHARED + threads * own_size + 64);
+    float *made = workspace.take(ready ? 0 : span * LANES_ROW), *shared = workspace.take(SHARED), *scratch = workspace.data;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         float* packed = scratch + omp_get_thread_num() * own_size;
-        float *sums = packed + round_up(packed_size, GRAIN), *floats = sums + round_up(sums_size, GRAIN), *rest = floats + y_size;
+        float *sums = packed + round_up(packed_size, GRAIN), *floats = sums + round_up(sums_size, GRAIN), *outer = floats + floats_size, *rest = outer + round_up(outer_size, GRAIN);
+        begin_call(call, shared, floats);
         for (int64_t start = 0; start < call.rows; start += span) {
             const int64_t rows = smaller(span, call.rows - start);
             if (!ready) {
 #pragma omp for schedule(static)
-                for (int64_t i = 0; i < rows; ++i) make_lanes(call, start + i, made + i * LANES_ROW, floats);
+                for (int64_t i = 0; i < rows; ++i) make_lanes(call, start + i, made + i * LANES_ROW, shared, floats);
             }
 #pragma omp for schedule(dynamic, 1)
             for (int64_t n = 0; n < strips * parts; ++n) {
@@ -227,8 +168,8 @@ static void many_rows(const Call& call) {
                 for (; at >= GROUPS[g].parts(GROUPS[g].strip(PANEL)); ++g) at -= GROUPS[g].parts(GROUPS[g].strip(PANEL));
                 const int64_t begin = start + n / strips * part, end = smaller(begin + part, start + rows);
                 if (begin >= end) continue;
-                const float* y = ready ? reinterpret_cast<const float*>(call.x + begin * call.x_row) : made + (begin - start) * LANES_ROW;
-                multiply_strip(call, g, at * GROUPS[g].strip(PANEL), begin, end, y, ready ? (HALVES ? call.x_row / 2 : call.x_row) : LANES_ROW, packed, sums, rest);
+                const float* y = ready ? ready_lanes(call, begin) : made + (begin - start) * LANES_ROW;
+                multiply_strip(call, g, at * GROUPS[g].strip(PANEL), begin, end, y, ready ? call.x_row / EACH : LANES_ROW, shared, packed, sums, floats, outer, rest);
             }
         }
     }

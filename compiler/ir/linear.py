@@ -155,7 +155,7 @@ def _env(x, columns, sizes):
 
 def partner(a: Tensor, block: int, half: int) -> Tensor:
     """a [rows, N] with the columns of every pair exchanged; N is a multiple of block."""
-    parts = a.view(a.shape[0], -1, block)
+    parts = a.view(a.shape[0], a.shape[1] // block, block)  # not -1: there may be no rows
     return torch.cat([parts[..., half:2 * half], parts[..., :half], parts[..., 2 * half:]], -1).view(a.shape)
 
 

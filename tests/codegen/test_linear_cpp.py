@@ -8,7 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tileweld.codegen.cpp.linear import FEW, emit, few, groups
+from tileweld.codegen.cpp.linear import emit
+from tileweld.codegen.cpp.linear_parts import FEW, few, groups
 from tileweld.codegen.cpp.linear_source import STEP, cut
 from tileweld.compiler.errors import UnsupportedError
 from tileweld.compiler.ir import scalar as sc
