@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 from . import cost_report, log
 from .errors import RefusalError
 from .ir.graph import is_tensor, source_of, value
-from .ir.rewrite import Match, Refusal
+from .ir.rewrite import Kept, Match, Refusal
 from .ir.unliftable import Unliftable
 from .options import Options
 from .report import Fusion, Refused, Report
@@ -28,6 +28,8 @@ def run(gm: GraphModule, passes, options: Options, report: Report) -> GraphModul
         for found in rewrite.find(gm.graph, *([getattr(options, rewrite.OPTION)] if hasattr(rewrite, "OPTION") else [])):
             if isinstance(found, Refusal):
                 _refuse(rewrite.NAME, found.reason, source_of(found.node), found.cure, options, report, number)
+            elif isinstance(found, Kept):
+                report.kept.append(Fusion(rewrite.NAME, found.detail, source_of(found.node), number))
             else:
                 _apply(rewrite.NAME, gm, found, options, report, number)
         gm.graph.eliminate_dead_code()

@@ -2,11 +2,12 @@
 
 A rewrite is a module with NAME and find(graph), see compiler/ir/rewrite.py; a normalisation has transform(gm) instead.
 """
-from . import add_layer_norm, add_rms_norm, attention, canonicalise, cross_entropy, embedding_norm, gated_mlp, int8, layer_norm, layer_norm_linear, linear, linear_epilogue, mha_to_gqa, qkv_rotary, rms_norm, rms_norm_linear, rotary
+from . import add_layer_norm, add_rms_norm, attention, canonicalise, cross_entropy, embedding_norm, gated_mlp, int8, layer_norm, layer_norm_linear, linear, linear_epilogue, mha_to_gqa, qkv_rotary, reassociate, rms_norm, rms_norm_linear, rotary
 
 PIPELINE = (
     canonicalise,  # first: what means the same is spelled the same, and nothing is written in place any more
     attention,  # softmax(score(q k^T)) v -> tileweld::attention
+    reassociate,  # (q W_UK) c for q (W_UK c): absorbed MLA, where it is the cheaper order; after attention, whose q, k and v it reads, and before the linears are taken
     layer_norm,  # (x - mean) / sqrt(var + eps) w + b, spelled out -> aten.layer_norm, which the passes below look for
     rms_norm,  # x rsqrt(mean(x^2) + eps) w -> tileweld::rms_norm
     cross_entropy,  # loss(float(softcap(logits)), targets) -> tileweld::cross_entropy; before a matmul takes the cap into its epilogue

@@ -1,7 +1,7 @@
 """The contract of a rewrite.
 
 A pass is one file with a function ``find(graph)`` that yields, for every place where it could act, a `Match` (what to put
-there) or a `Refusal` (why not). The driver in compiler/pipeline.py inserts, verifies, and reports; a pass changes nothing
+there) or a `Refusal` (why not), or `Kept` where it weighed and found nothing better. The driver in compiler/pipeline.py inserts, verifies, and reports; a pass changes nothing
 itself, so that a refused or failed match leaves the graph as it was.
 """
 from __future__ import annotations
@@ -42,6 +42,14 @@ class Refusal:
     cure: str = ""
 
 
+@dataclasses.dataclass
+class Kept:
+    """A place that is best as it is, of a pass that weighs alternatives: what was weighed, for the report."""
+
+    node: Node
+    detail: str
+
+
 class Refused(Exception):
     """Raised inside a pass: the place has the pattern, and this is why it stays as it is."""
 
@@ -59,4 +67,4 @@ class Rewrite(Protocol):
 
     NAME: str
 
-    def find(self, graph: Graph) -> Iterator[Match | Refusal]: ...
+    def find(self, graph: Graph) -> Iterator[Match | Refusal | Kept]: ...

@@ -1,0 +1,327 @@
+"""reassociate: the cheapest order of the products in and around attention; absorbed multi-head latent attention is one of its results
+
+    q . (W_UK c),  P (c W_UV)     ->     (q W_UK) . c,  (P c) W_UV           keys and values are then the latent itself, one KV head for all query heads
+    q . (m_h k)                   ->     (q m_h) . k                         "collaborative" heads, Cordonnier et al., 2006.16362
+    (x W_UQ) W_UK                 ->     x (W_UQ W_UK)                       where the matrix is folded, if it is smaller than the two
+
+Nothing above is written down here: q, k and v are traced back (compiler/ir/association_trace.py) to activations and constants, every part of the scores and the values becomes a product of
+named indices, and the engine (compiler/ir/association.py) weighs all orders at this graph's sizes: FLOPs and bytes as polynomials in the batch, the queries Sq and the keys Tk. For DeepSeek-V3 (2412.19437) it finds
+that absorbing does less work for Sq < 512/3 with a long prefix, and never without one. Where the sizes are symbols, the choice becomes a guard on them, and Dynamo compiles the other side when it is called.
+
+Exact in real numbers, whatever the score and the mask: q' . k' = q . k. Considered are keys and values that a constant makes larger than what they are made of. Legality, each with a test that must be refused:
+- no norm, rotary or other nonlinearity between the latent and the keys but on a part that all heads share;
+- the expanded keys and values have no other use;
+- a key bias adds the same to all scores of a row: it is dropped where the score is linear in s alike for all keys, without a sink. A value bias is added behind, where every row's weights add up to 1;
+- no gradient is wanted: the order that is best for a forward need not be for its backward.
+"""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+from ..compiler.ir import scalar as sc
+from ..compiler.ir.association import CPU, Machine, Operand, Plan, Product, Tree, equation, plans
+from ..compiler.ir.association_choice import SQ, TK, B, Chosen, choose, guard, hints_of, in_words
+from ..compiler.ir.association_trace import E, Piece, bias_view, tensor_view, trace, weight_view
+from ..compiler.ir.attention import variant_of
+from ..compiler.ir.graph import insert, is_call, op_name, shape, value
+from ..compiler.ir.layout import arrange, layout, sizes_of_nodes
+from ..compiler.ir.masking import ABSORBING
+from ..compiler.ir.rewrite import Kept, Match, NotThePattern, Refusal, Refused
+from ..compiler.ir.unliftable import Unliftable
+from ..compiler.ir.weights import why_trained
+
+NAME = "reassociate"
+OPTION = "fold_weights"
+aten = torch.ops.aten
+MAX_WIDTH = 1024  # of a head: what attention kernels take
+GPU = {torch.float16: Machine(200, 1), torch.bfloat16: Machine(200, 1)}  # FLOPs a byte, see association.CPU
+
+
+def find(graph: Graph, fold: bool = True) -> Iterator[Match | Refusal | Kept]:
+    """Every attention whose keys or values are a constant times something smaller: a Match, a Refusal, or Kept where the order is the best as it is.
+
+    fold: will products of constants be kept between calls (the option fold_weights)?
+    """
+    for node in list(graph.nodes):
+        if is_call(node, torch.ops.tileweld.attention.default):
+            try:
+                yield _at(graph, node, fold)
+            except Refused as refused:
+                yield refused.refusal
+            except (NotThePattern, Unliftable):
+                continue
+
+
+@dataclasses.dataclass
+class _Region:
+    """One attention: its operands in pieces, and for every free piece of the keys the product it gives."""
+
+    node: Node
+    q: list[Piece]
+    k: list[Piece]
+    v: list[Piece]
+    heads: int
+    sizes: dict  # B, SQ, TK -> the graph's
+    queries: dict  # piece of k -> the piece of q that is a constant times something smaller
+
+    def free(self, piece: Piece) -> bool:
+        """May its constant be moved? What it multiplies is the same for all heads, and smaller than what it gives."""
+        return piece.factor is not None and not piece.by_head() and not piece.zero and piece.width < self.heads * piece.length and value(piece.node).dtype == value(self.node).dtype
+
+    @property
+    def factors(self):
+        return [p.factor for p in (*self.k, *self.v) if self.free(p)]
+
+
+def _at(graph: Graph, node: Node, fold: bool) -> Match | Kept:
+    q, k, v = node.args[:3]
+    sizes, heads = shape(q), shape(q)[1]
+    if not heads.is_Integer or len({value(x).dtype for x in (q, k, v)}) > 1 or any(shape(x)[1] not in (heads, 1) for x in (k, v)):
+        raise NotThePattern
+    region = _Region(node, trace(q, sc.I), trace(k, sc.J), trace(v, sc.J), int(heads), {B: sizes[0], SQ: sizes[2], TK: shape(k)[2]}, {})
+    if not region.factors:
+        raise NotThePattern
+    region.queries = {p: x for p in region.k if region.free(p) for x in region.q if (x.start, x.stop) == (p.start, p.stop) and x.factor is not None and x.factor.row is not None and x.factor.bias is None
+                      and not x.by_head() and not _outside(region, x)}  # else the product with Wq is computed anyway, for the part with rotary
+    machine = GPU.get(value(q).dtype, CPU) if value(q).device.type == "cuda" else CPU
+    symbols = {s for e in region.sizes.values() for s in e.free_symbols}
+    hints = hints_of((q, k, v), graph, symbols)
+    if len(hints) < len(symbols):  # a size that the data decide
+        raise NotThePattern
+    products = _products(region, fold)
+    naive, candidates = _candidates(region, plans(products))
+    if barrier := _barrier(region):  # then the keys cannot move, and the question is whether anything is lost by it
+        alone = [p for p in plans(products) if _moves(region, p)[1:] == (True,) * (len(products) - len(region.k))]
+        if alone and choose([naive, *alone], machine, region.sizes, hints).plan is not naive:
+            raise Refused(*barrier)
+    chosen = choose(candidates, machine, region.sizes, hints)
+    if chosen.plan is naive:
+        guard(graph, (q, k, v), chosen, candidates, machine, region.sizes)
+        return Kept(node, _words(chosen, naive))
+    _check(graph, region, chosen.plan)
+    guard(graph, (q, k, v), chosen, candidates, machine, region.sizes)
+    inputs = tuple(dict.fromkeys([p.node for p in (*region.q, *region.k, *region.v)] + list(node.args[3])))
+    return Match(node, inputs, lambda graph: _build(graph, region, chosen.plan), _words(chosen, naive))
+
+
+def _words(chosen: Chosen, naive: Plan) -> str:
+    text = in_words(chosen.plan, naive)
+    if chosen.bounds is None:
+        return text
+    symbol, low, high = chosen.bounds
+    return text + (f"; guarded: {low} <= {symbol}" if low > 1 else "") + (f"; guarded: {symbol} <= {high}" if high < 1 << 24 else "")
+
+
+# ---------------------------------------------------------------- the region as products
+
+
+def _products(region: _Region, fold: bool) -> tuple[Product, ...]:
+    """One product for every piece of the keys (the scores are their sum) and one for every piece of the values."""
+    item = value(region.node).dtype.itemsize
+    how = {"together": frozenset("ij"), "itemsize": item, "fold": fold}
+    products = []
+    for n, p in enumerate(region.k):
+        sizes = {"b": B, "h": region.heads, "i": SQ, "j": TK, "d": p.length}
+        query = (Operand("q", ("b", "h", "i", "d"), "activation"),)
+        if region.free(p):
+            if (x := region.queries.get(p)) is not None:
+                sizes["m"] = x.width
+                query = (Operand("x", ("b", "i", "m"), "activation"), Operand("Wq", ("h", "d", "m"), "constant"))
+            key = (*_constant("Wk", p, sizes), Operand("c", ("b", "j", "l") if p.factor.row is not None else ("b", "j", "d"), "cached"))
+        else:
+            key = (Operand("k", ("b", "j", "d") if not p.by_head() else ("b", "h", "j", "d"), "cached"),)
+        products.append(Product((*query, *key), ("b", "h", "i", "j"), tuple(sizes.items()), output_on_chip=True, **how))
+    for p in region.v:
+        if region.free(p):
+            sizes = {"b": B, "h": region.heads, "i": SQ, "j": TK, "d": p.length}
+            constant = _constant("Wv", p, sizes)
+            latent = Operand("c", ("b", "j", "l") if p.factor.row is not None else ("b", "j", "d"), "cached")
+            products.append(Product((Operand("P", ("b", "h", "i", "j"), "activation", True), latent, *constant), ("b", "h", "i", "d"), tuple(sizes.items()), **how))
+    return tuple(products)
+
+
+def _constant(name: str, piece: Piece, sizes: dict) -> tuple[Operand, ...]:
+    if piece.factor.row is not None:
+        sizes["l"] = piece.width
+        return (Operand(name, ("h", "d", "l") if piece.factor.row.has(sc.H) else ("d", "l"), "constant"),)
+    has_head = any(isinstance(e, sympy.Basic) and e.has(sc.H) for e in piece.factor.index)
+    return (Operand(name, ("h", "d") if has_head else ("d",), "constant"),)
+
+
+def _moves(region: _Region, plan: Plan) -> tuple:
+    """For every product: True where the latent itself is key or value, False where it is expanded first, None for other orders and for pieces without a choice."""
+    result = []
+    for tree in plan.trees:
+        names = tree.names()
+        if "c" not in names:
+            result.append(None)
+            continue
+        side = next((x for x in (tree.left, tree.right) if x.names() & {"c"}), tree)
+        if "P" in names:
+            meeting = next(x for x in tree.nodes() if x.operand is None and {"i", "j"} <= {*x.left.indices, *x.right.indices})
+            side = meeting.left if "P" not in meeting.left.names() else meeting.right
+        result.append({frozenset({"c"}): True}.get(side.names(), False if side.names() == names - {"q", "x", "Wq", "P"} else None))
+    return tuple(result)
+
+
+def _candidates(region: _Region, everything: tuple[Plan, ...]) -> tuple[Plan, list[Plan]]:
+    """(the order as written, the orders that can be built, that one first). Keys and values of one product with a constant move together: its other half would still be computed."""
+    naive, found = None, []
+    for plan in everything:
+        moves = _moves(region, plan)
+        groups: dict = {}
+        ok = True
+        for p, move, tree in zip([*region.k, *(p for p in region.v if region.free(p))], moves, plan.trees):
+            if region.free(p):
+                ok &= move is not None
+                groups.setdefault(p.factor.node, set()).add(move)
+                if move is False and any(x.folded for x in tree.nodes()):
+                    ok = False
+        if not ok or any(len(g) > 1 for g in groups.values()):
+            continue
+        keys = [m for p, m in zip(region.k, moves) if region.free(p)]
+        if not any(moves):
+            if naive is None or plan.cost.flops != naive.cost.flops and (plan.cost.flops - naive.cost.flops).as_coeff_Mul()[0] < 0:
+                naive = plan
+            continue
+        if any(keys) and (not all(keys) or any(p.by_head() and not region.free(p) and not p.zero for p in region.k) or sum(p.width for p in region.k) > MAX_WIDTH):
+            continue
+        if any(moves[len(region.k):]) and (sum(not p.zero for p in region.v) != 1 or region.v[0].zero or region.v[0].width > MAX_WIDTH):
+            continue
+        found.append(plan)
+    if naive is None:
+        raise NotThePattern
+    return naive, [naive, *found]
+
+
+# ---------------------------------------------------------------- legality
+
+
+def _barrier(region: _Region) -> tuple | None:
+    """(reason, node, cure) where keys that differ by head come from the latent of the values through something that is no product."""
+    latents = {p.node for p in region.v if region.free(p)} | {p.factor.node for p in region.v if region.free(p)}
+    for p in region.k:
+        if region.free(p) or p.zero or not p.by_head():
+            continue
+        stack, seen = [p.node], set()
+        while stack and len(seen) < 60:
+            n = stack.pop()
+            if n in latents:
+                return (f"{op_name(p.node)} stands between the latent and the keys of every head, so that their product with the queries cannot be taken in another order",
+                        p.node, "norms of keys and rotary belong on a part of the key that all heads share, as in DeepSeek's k_pe")
+            if n not in seen:
+                seen.add(n)
+                stack.extend(n.all_input_nodes)
+    return None
+
+
+def _outside(region: _Region, piece: Piece) -> tuple[Node, Node] | None:
+    """(a use of what lies between a piece and the attention that is not this attention, what it uses)"""
+    inside = {region.node, *region.node.args[:3], *(n for p in (*region.q, *region.k, *region.v) for n in p.inside)}
+
+    def is_outside(user):
+        if is_call(user, aten.new_empty, aten.new_zeros, aten.empty_like):  # reads no element; Hugging Face's DeepSeek writes its keys into one
+            return any(u not in inside for u in user.users)
+        return user not in inside and not is_call(user, aten.sym_size.int)
+
+    return next(((user, n) for n in piece.inside for user in n.users if is_outside(user)), None)
+
+
+def _check(graph: Graph, region: _Region, plan: Plan) -> None:
+    """Raise Refused where the chosen order may not be taken."""
+    node, moves = region.node, _moves(region, plan)
+    moved = [p for p, m in zip([*region.k, *(p for p in region.v if region.free(p))], moves) if m]
+    if reason := why_trained(graph, [p.factor.weight for p in moved]):
+        raise Refused(f"another order would be cheaper, but {reason}", node, "compile under torch.no_grad(), or freeze the weights")
+    for p in moved:
+        if found := _outside(region, p):
+            user, n = found
+            raise Refused(f"the expanded keys and values are also used by {op_name(user)}, so that they are needed anyway", user if user.op != "output" else n, "cache the latent, and return nothing that is expanded")
+    variant = variant_of([value(c) for c in node.args[3]], *node.args[5:])
+    for p in moved:
+        if p.factor.bias is None:
+            continue
+        if p in region.k:
+            slope = variant.score_expr.diff(sc.S)
+            if slope.has(sc.S) or slope.has(sc.J) or variant.sink or not variant.fill <= -ABSORBING:
+                why = "a sink" if variant.sink else f"a fill of {variant.fill}" if not variant.fill <= -ABSORBING else f"score={variant.score}"
+                raise Refused(f"a bias of the keys adds to the scores of a row what {why} does not leave alone", p.factor.node, "a key bias changes nothing in a plain softmax: leave it out")
+        elif variant.sink or variant.value or (variant.empty == "zero" and variant.mask != "True"):
+            raise Refused("a bias of the values counts once for every row, and here the weights of a row need not add up to 1", p.factor.node, "leave the bias of the values out, or add it behind the attention")
+
+
+# ---------------------------------------------------------------- building
+
+
+def _build(graph: Graph, region: _Region, plan: Plan) -> Node:
+    node, moves = region.node, _moves(region, plan)
+    q, k, v, *rest = node.args
+    batch, tokens, keys = (region.sizes[s] for s in (B, SQ, TK))
+    sources = sizes_of_nodes([q, k, v])
+    if any(moves[: len(region.k)]):
+        queries, parts = [], []
+        for p, tree in zip(region.k, plan.trees):
+            if p.zero:
+                continue
+            parts.append(tensor_view(graph, p, batch, region.heads, keys, sc.J, sources))
+            whole = insert(graph, aten.slice.Tensor, q, 3, p.start, p.stop) if len(region.k) > 1 else q
+            queries.append(_emit(graph, _without(tree, "c"), {"q": whole, frozenset({"x", "Wq"}): whole}, p, region, sources, ("b", "h", "i", "l" if p.factor.row is not None else "d")) if region.free(p) else whole)
+        q, k = (x[0] if len(x) == 1 else insert(graph, aten.cat.default, x, -1) for x in (queries, parts))
+    if not any(moves[len(region.k):]):
+        return insert(graph, torch.ops.tileweld.attention.default, q, k, v, *rest)
+    piece, tree = region.v[0], plan.trees[len(region.k)]
+    out = insert(graph, torch.ops.tileweld.attention.default, q, k, tensor_view(graph, piece, batch, region.heads, keys, sc.J, sources), *rest)
+    known = {frozenset({"P", "c"}): out}
+    out = _emit(graph, tree, known, piece, region, sources, ("b", "h", "i", "d"))
+    if piece.factor.bias is not None:
+        bias = bias_view(graph, piece.factor, region.heads if piece.factor.row.has(sc.H) else 1, piece.length)
+        out = insert(graph, aten.add.Tensor, out, insert(graph, aten.unsqueeze.default, bias, 1))
+    if len(region.v) > 1:
+        out = insert(graph, aten.constant_pad_nd.default, out, [0, region.v[-1].stop - piece.stop], 0.0)
+    return out
+
+
+def _without(tree: Tree, name: str) -> Tree:
+    """The other side of the contraction that takes ``name``."""
+    return tree.right if name in tree.left.names() else tree.left
+
+
+def _emit(graph: Graph, tree: Tree, known: dict, piece: Piece, region: _Region, sources, wanted: tuple[str, ...]) -> Node:
+    """A tree as einsums, its dims ordered as wanted; known: operands, and sets of operands whose product is at hand."""
+    def emit(t: Tree):
+        if t.names() in known:
+            return known[t.names()], ("b", "h", "i", *(("d",) if "P" not in t.names() else ("l",) if piece.factor.row is not None else ("d",)))
+        if t.operand is not None:
+            return (known[t.operand.name] if t.operand.name in known else _leaf(graph, t.operand, piece, region, sources)), t.indices
+        (left, a), (right, b) = emit(t.left), emit(t.right)
+        return insert(graph, aten.einsum.default, equation(dataclasses.replace(t, left=dataclasses.replace(t.left, indices=a), right=dataclasses.replace(t.right, indices=b))), [left, right]), t.indices
+
+    out, indices = emit(tree)
+    order = [indices.index(k) for k in wanted]
+    return out if order == list(range(len(order))) else insert(graph, aten.permute.default, out, order)
+
+
+def _leaf(graph: Graph, operand: Operand, piece: Piece, region: _Region, sources) -> Node:
+    if operand.name == "x":
+        x = tensor_view(graph, region.queries[piece], region.sizes[B], region.heads, region.sizes[SQ], sc.I, sources)
+        return insert(graph, aten.squeeze.dim, x, 1)
+    factor = region.queries[piece].factor if operand.name == "Wq" else piece.factor
+    if factor.row is None:
+        return _diagonal(graph, factor, operand, piece, region)
+    length = piece.length
+    found = weight_view(graph, factor, region.heads if "h" in operand.indices else 1, length)
+    return found if "h" in operand.indices else insert(graph, aten.squeeze.dim, found, 0)
+
+
+def _diagonal(graph: Graph, factor, operand: Operand, piece: Piece, region: _Region) -> Node:
+    """A constant of heads and head dim as [h, d], or [d]."""
+    sizes = {sc.B: sympy.Integer(1), sc.H: sympy.Integer(region.heads), sc.J: sympy.Integer(1), E: sympy.Integer(piece.length)}
+    dims = layout(factor.weight, factor.index, sizes)
+    if dims is None or any(a in (sc.B, sc.J) for dim in dims for a in dim):
+        raise Unliftable("a constant factor of the keys that is not one of heads and head dim")
+    return arrange(graph, factor.weight, dims, [[sc.H], [E]] if "h" in operand.indices else [[E]], sizes, [])
