@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import sympy
 import torch
@@ -30,28 +29,12 @@ from ..compiler.errors import UnsupportedError
 from ..compiler.ir.graph import is_tensor, size, value
 from ..compiler.ir.lowered import Buffer, Launch, is_getitem, is_launch
 from ..compiler.ir.packing import pack, peak
+from ..compiler.ir.text import Text
 from .liveness import Liveness, Planned, is_inplace, is_view, symbols_of
 from .spelling import COPY, METHOD, OUT, identifier, literal, size_text
 from .vocabulary import Vocabulary
 
 RESERVED = ("arguments", "workspace", "place", "prepare", "sizes", "graph", "take", "give", "torch", "restride", "empty_strided", "integers", "floats", "pointers", "float", "max", "min", "None", "True", "False")
-
-
-@dataclass(frozen=True)
-class Text:
-    """source: defines ``graph`` (boxed: it takes a list and clears it) and, if there is an arena, ``sizes`` and ``prepare``.
-
-    objects: what the source names besides torch and the helpers (`take`, `give`, `restride`, `pointers`, `integers`, `floats`).
-    lives: first and last line of each buffer of the arena, None if nothing is prepared; arena, naive: bytes, with places reused and with each buffer freed behind its
-    last reader (None where a size is symbolic).
-    """
-
-    source: str
-    objects: dict[str, object]
-    lives: list[tuple[int, int]] | None
-    device: torch.device | None
-    arena: int | None = None
-    naive: int | None = None
 
 
 def write(gm: GraphModule) -> Text:

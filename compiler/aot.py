@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
+from torch._functorch._aot_autograd.schemas import MutationType, OutputType, PlainTensorMeta
 from torch._guards import TracingContext
 from torch.fx import GraphModule, Node
 
@@ -41,3 +43,33 @@ def name_weights(graph: GraphModule, captured: Sequence[Node]) -> None:
         source = captured[described.idx] if isinstance(described, PlainAOTInput) and described.idx < len(captured) else None
         if source is not None and (source.meta.get("is_static") or source.meta.get("is_weight")):
             node.meta["weight"] = source.meta.get("label") or source.name
+
+
+def wrapper_does(inputs: int, guards: int) -> str:
+    """What torch's wrapper around the inference graph that was compiled last does besides passing ``inputs`` arguments and the results on; "" if nothing.
+
+    guards: Dynamo's guards before the backend was called (`guard_count`); to be called before Dynamo's compilation ends.
+    """
+    context = TracingContext.try_get()
+    meta, shapes = (context.fw_metadata, getattr(context.fake_mode, "shape_env", None)) if context is not None else (None, None)
+    if meta is None or shapes is None:
+        return "nothing is known of it"
+    if context.guards_context.aotautograd_guards or guard_count() != guards:
+        return "guards"
+    if shapes.var_to_range or shapes.guards:
+        return "shape symbols"
+    if len(meta.input_info) != inputs or any(x.mutates_metadata or x.mutation_inductor_storage_resize or x.mutation_type is MutationType.MUTATED_OUT_GRAPH for x in meta.input_info):
+        return "writing to inputs"
+    if any(x.output_type is not OutputType.non_alias or x.requires_grad or not issubclass(x.raw_type, torch.Tensor) for x in meta.output_info) or meta.num_intermediate_bases:
+        return "making views of results or inputs"
+    if any(type(x) is not PlainTensorMeta for x in (*meta.subclass_inp_meta, *meta.subclass_fw_graph_out_meta)):
+        return "wrapping tensor subclasses"
+    if meta.tokens or meta.traced_tangents or meta.grad_enabled_mutation is not None or meta.num_graphsafe_rng_states or getattr(meta, "mutated_inp_stream_indices", None):
+        return "side effects"
+    return ""
+
+
+def guard_count() -> int:
+    """Guards that Dynamo has by now; -1 outside of it."""
+    context = TracingContext.try_get()
+    return len(context.guards_context.dynamo_guards) if context is not None else -1

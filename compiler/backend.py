@@ -61,16 +61,13 @@ def _compile(gm: GraphModule, example_inputs, options, mode, report: Report, bui
 
 
 def _not_kept(executables: list, inputs: int, guards: int, degraded: bool) -> str:
-    """Why what was made of a graph is not all there is to it, or may be otherwise in the next process; "" where it may be kept."""
+    """Why an executable is not all there is to a graph; "" where it may be kept."""
     from .aot import wrapper_does
-    from .pays import is_settled
 
     if len(executables) != 1:
         return f"{len(executables)} graphs behind AOT"
     if degraded:
         return "it degraded"
-    if not is_settled():
-        return "the machine was too busy to time its kernels"
     return f"AOT's wrapper has to do with {does}" if (does := wrapper_does(inputs, guards)) else ""
 
 

@@ -50,6 +50,11 @@ def losers(choices: Sequence[Choice], launchers: dict[str, Callable]) -> dict[st
     return found
 
 
+def is_settled() -> bool:
+    """Was the machine quiet enough for every time that was asked for in this process? If not, the next process may conclude something else."""
+    return _UNSTEADY not in _known.values()
+
+
 def _hint(n) -> int:
     return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
 

@@ -17,12 +17,13 @@ from .ir import attention_parts as _attention_parts_op  # noqa: F401 (registers 
 from .ir import int8_linear as _int8_linear_op  # noqa: F401 (registers the op)
 from .ir import rms_norm as _rms_norm_op  # noqa: F401 (registers the op)
 from .ir.attention import Variant, variant_of
-from .ir.cross_entropy import check_targets
+from .ir import cross_entropy as _cross_entropy_op  # noqa: F401 (registers the op)
 from .ir.graph import is_tensor, value
 from .ir.kernel import Kernel
 from .ir.linear import spec_of
 from .ir.region import Body, Region
 from .options import Options
+from .runs import checked, with_targets
 
 
 @dataclasses.dataclass
@@ -75,9 +76,9 @@ def attention(node: Node, target: str, options: Options) -> Choice:
     width, value_width = int(width), int(value_width)  # a symbolic head dim becomes a guard: the kernel is made for one
     queries = tensors[0].shape[2]
     known = {"queries": queries if isinstance(queries, int) else None} if target == "cpp" else {}  # one of the kernel's two ways: half the compiler's time
-    known |= {name: x.dtype for name, x in (("k_dtype", tensors[1]), ("v_dtype", tensors[2])) if x.dtype == torch.int8}
     if len(parts) > 1:
         known["key_dims"] = [int(value(x).shape[3]) for x in parts]
+    known |= {name: x.dtype for name, x in (("k_dtype", tensors[1]), ("v_dtype", tensors[2])) if x.dtype == torch.int8}
     choice = _generated("attention", target, node, [q, *parts, v, *captures], sizes, (), variant, q_dtype=dtype, capture_dtypes=[c.dtype for c in captured], capture_ranks=[c.dim() for c in captured],
                         head_dim=width, value_dim=value_width, num_sizes=len(sizes), **known)
     if choice.kernel is None and len(parts) == 1 and len({x.dtype for x in tensors}) == 1 and (function := _library(variant)) is not None:
@@ -145,22 +146,8 @@ def cross_entropy(node: Node, target: str, options: Options) -> Choice:
     if choice.kernel is not None and not backward:
         with logits.fake_mode:
             status = torch.empty(1, dtype=torch.int32, device=logits.device)
-        choice.outputs, choice.run = [*results(node), status], _with_targets(ignored, (softcap, smoothing))
+        choice.outputs, choice.run = [*results(node), status], with_targets(ignored, (softcap, smoothing))
     return choice
-
-
-def _with_targets(ignored: int, floats: tuple):
-    """A target out of bounds raises as eager does. A GPU is not waited for: there the loss is NaN."""
-    def run(launch):
-        def cross_entropy_kernel(outs, logits, targets):
-            outs[-1].zero_()
-            launch([*outs, logits, targets], (ignored,), floats)
-            if not logits.is_cuda and outs[-1].item():
-                check_targets(targets, logits.shape[-1], ignored)
-
-        return cross_entropy_kernel
-
-    return run
 
 
 def region(found: Region, target: str = "cpp") -> Choice:
@@ -178,7 +165,7 @@ def region(found: Region, target: str = "cpp") -> Choice:
         return Choice("region", reason, kernel=kernel, inputs=found.inputs[:count], outputs=found.outputs, ints=tuple(found.inputs[count:]), has_layout=not body.sizes)
     with value(found.outputs[0]).fake_mode:
         status = torch.empty(1, dtype=torch.int32)
-    return Choice("region", reason, kernel=kernel, inputs=found.inputs, outputs=[*found.outputs, status], run=_checked(len(body.inputs)))
+    return Choice("region", reason, kernel=kernel, inputs=found.inputs, outputs=[*found.outputs, status], run=checked(len(body.inputs)))
 
 
 def _triton_region(found: Region, reason: str) -> Choice:
@@ -203,20 +190,6 @@ def _moved(tensors: int, device: torch.device):
     def run(launch):
         def region_kernel(outs, *ins):
             launch([*outs, *(x.to(device) for x in ins[:tensors])], ins[tensors:], ())
-
-        return region_kernel
-
-    return run
-
-
-def _checked(tensors: int):
-    """A kernel that reads positions from data says whether one was out of range."""
-    def run(launch):
-        def region_kernel(outs, *ins):
-            outs[-1].zero_()
-            launch([*outs, *ins[:tensors]], ins[tensors:], ())
-            if outs[-1].item():
-                raise IndexError("index out of range in self: an embedding or an index op reads beyond its table")
 
         return region_kernel
 

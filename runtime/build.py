@@ -26,6 +26,7 @@ import torch
 from ..compiler import log
 from ..compiler.errors import BuildError, CompilerNotFound, OptionError
 from . import cache, openmp
+from .launch import load_library
 
 _log = log.get("runtime")
 
@@ -218,14 +219,9 @@ def _end(process: subprocess.Popen) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-_loaded: dict[Path, ctypes.CDLL] = {}
-
-
 def _load(path: Path, unit: CppUnit) -> ctypes.CDLL:
-    if path not in _loaded:
-        try:
-            _loaded[path] = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise BuildError(f"{unit.name} was built but does not load: {error}", source_path=str(path.with_suffix(".cpp")),
-                             cure="if its file system is mounted noexec, set TILEWELD_CACHE_DIR to another folder") from error
-    return _loaded[path]
+    try:
+        return load_library(path)
+    except OSError as error:
+        raise BuildError(f"{unit.name} was built but does not load: {error}", source_path=str(path.with_suffix(".cpp")),
+                         cure="if its file system is mounted noexec, set TILEWELD_CACHE_DIR to another folder") from error

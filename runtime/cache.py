@@ -148,14 +148,38 @@ def fetch(key: str, suffix: str, produce: Callable[[Path], Path], **about: objec
     return artefact
 
 
+def read(key: str, suffix: str) -> bytes | None:
+    """The content of entry `key`'s artefact; None if there is no valid one."""
+    verified = _verified(root() / f"{key}{suffix}")
+    return verified[0] if verified is not None else None
+
+
+def forget(key: str, suffix: str) -> None:
+    """Remove an entry. A process that is reading it finds it whole or not at all."""
+    artefact = root() / f"{key}{suffix}"
+    for path in (artefact.with_suffix(".json"), artefact):  # an artefact without a manifest does not exist
+        with contextlib.suppress(FileNotFoundError):
+            _filesystem(path.unlink)
+
+
+def digest(artefact: Path) -> str | None:
+    """sha256 in hex of an artefact; None if there is no valid one."""
+    verified = _verified(artefact)
+    return verified[1] if verified is not None else None
+
+
 def is_valid(artefact: Path) -> bool:
     """Whether both files are there, regular, ours, and the artefact is what the manifest says it is."""
+    return _verified(artefact) is not None
+
+
+def _verified(artefact: Path) -> tuple[bytes, str] | None:
     try:
-        manifest = json.loads(_read_own(artefact.with_suffix(".json")))
-        digest = hashlib.sha256(_read_own(artefact)).hexdigest()
-        return manifest["artefact"] == artefact.name and manifest["sha256"] == digest
+        manifest, content = json.loads(_read_own(artefact.with_suffix(".json"))), _read_own(artefact)
+        found = hashlib.sha256(content).hexdigest()
+        return (content, found) if manifest["artefact"] == artefact.name and manifest["sha256"] == found else None
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
 
 
 def put_text(path: Path, text: str) -> None:

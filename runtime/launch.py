@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
+
+
+@functools.cache
+def load_library(path: Path) -> ctypes.CDLL:
+    """A built library, loaded once a process. Raises OSError."""
+    return ctypes.CDLL(str(path))
 
 
 class CppLauncher:

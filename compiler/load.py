@@ -1,0 +1,30 @@
+"""An executable's text to a function, with its memory."""
+from __future__ import annotations
+
+import itertools
+import linecache
+from collections.abc import Callable
+
+import torch
+
+from ..runtime import launch
+from ..runtime.workspace import Workspaces
+from .ir.lowered import restride
+from .ir.text import Text
+
+_numbers = itertools.count()
+
+
+def load(text: Text) -> Callable:
+    """The function that a text defines."""
+    names = {"torch": torch, "restride": restride, "empty_strided": torch.empty_strided, "pointers": launch.pointers, "integers": launch.integers, "floats": launch.floats, **text.objects}
+    file = f"<tileweld executable {next(_numbers)}>"
+    linecache.cache[file] = (len(text.source), None, text.source.splitlines(keepends=True), file)  # so that a traceback shows its lines
+    exec(compile(text.source, file, "exec"), names)
+    workspaces = None
+    if text.lives is not None:
+        workspaces = Workspaces(names["sizes"], text.lives, names["prepare"], text.device or "cpu")
+        names |= {"take": workspaces.take, "give": workspaces.give}
+    graph = names["graph"]
+    graph._boxed_call, graph.text, graph.workspaces = True, text, workspaces
+    return graph
