@@ -12,5 +12,6 @@ from .int8_modules import Int8Embedding, Int8Linear
 from .prune import prune
 from .quantize import QuantizedLayer, QuantizeReport, quantize_
 from .report import ConversionReport, LayerReport, PrunedLayer, PruneReport
+from .smooth import SmoothReport, smooth_
 
-__all__ = ["ConversionReport", "Int8Embedding", "Int8Linear", "LayerReport", "PruneReport", "PrunedLayer", "QuantizeReport", "QuantizedLayer", "load_quantized", "prune", "quantize_", "save_quantized", "to_gqa"]
+__all__ = ["ConversionReport", "Int8Embedding", "Int8Linear", "LayerReport", "PruneReport", "PrunedLayer", "QuantizeReport", "QuantizedLayer", "SmoothReport", "load_quantized", "prune", "quantize_", "save_quantized", "smooth_", "to_gqa"]

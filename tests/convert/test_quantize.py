@@ -80,11 +80,12 @@ def test_eager_and_compiled_are_the_scheme(scheme, dtype):
     assert all(0 < layer.error < 0.02 and 35 < layer.sqnr_db < 55 for layer in report.layers)
     assert "lm_head" in report.left_out or scheme == "weight_only"
     run, compilation = compiled(model)
-    for y in (model(IDS), run(IDS)):
+    found = run(IDS)
+    for y in (model(IDS), found):
         assert y.dtype == dtype and (y.double() - exact).norm() < 0.03 * exact.norm()
     assert compilation.counts["int8"] == 4 + (scheme == "weight_only") and not [r for r in compilation.refusals if r.rewrite == "int8"]
     option, other = compiled(plain, int8=scheme)
-    same(option(IDS), run(IDS), scheme, dtype)
+    same(option(IDS), found, scheme, dtype)
     assert other.counts["int8"] == compilation.counts["int8"]
 
 
