@@ -33,7 +33,7 @@ aten = torch.ops.aten
 _KEEPS_COLUMNS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default, aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default)
 _RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 LEAST = 1e-5  # of s, and 1 / LEAST the largest
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the outputs, relative; half types 0.1: what their own rounding of 1/s makes
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the outputs, relative; many norms compute in float32 whatever the model is. Half types 0.1: their own rounding of weights
 
 
 @dataclasses.dataclass(frozen=True)
