@@ -9,6 +9,7 @@ aten.linear and addmm, an input of the graph, through views, casts and slices.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import torch
 from torch.fx import Graph, Node
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import int8_linear as _int8_linear_op  # noqa: F401 (registers dequantize_rows)
 from .graph import argument, is_call, is_tensor, value
 from .views import VIEWS
+from .weights import constants
 
 aten = torch.ops.aten
 TARGETS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
@@ -54,9 +56,12 @@ def _same(n, sizes) -> bool:
     return len(sizes) == 1 and isinstance(n, int) and n == sizes[0]
 
 
-def product_of(node: Node) -> Product | str | None:
-    """The node as a Product; why it cannot be one, although it multiplies by a weight; or None where it is something else."""
-    if not is_call(node, *TARGETS) or not is_tensor(node):
+def product_of(node: Node, constant: Collection[Node] = ()) -> Product | str | None:
+    """The node as a Product; why it cannot be one, although it multiplies by a weight; or None where it is something else.
+
+    constant: what is computed from weights alone and kept between calls: such a matrix is a weight, and a product of two of them is none of ours.
+    """
+    if not is_call(node, *TARGETS) or not is_tensor(node) or node in constant:
         return None
     library, bias = node.target is aten.linear.default, None
     if node.target is aten.addmm.default:
@@ -66,7 +71,7 @@ def product_of(node: Node) -> Product | str | None:
     else:
         x, w = node.args[:2]
         bias = argument(node, 2, "bias") if library else None
-    if not is_weight(w, anyway=library or bias is not None):
+    if w not in constant and not is_weight(w, anyway=library or bias is not None):
         computed = library and is_tensor(w) and value(w).dim() == 2
         return f"its weight is computed in the graph, by {w.target}; expected a parameter, or a view or cast of one" if computed else None
     if value(w).dim() != 2:
@@ -107,14 +112,14 @@ def is_weight(node, anyway: bool = False) -> bool:
 
 def products(graph: Graph) -> tuple[dict[Node, Product], dict[Node, str]]:
     """(the products of a graph in order, those that are none and why)."""
-    found, problems = {}, {}
+    found, problems, constant = {}, {}, constants(graph)
     casting = [torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")]  # around the model, then inside it
     for node in graph.nodes:
         if node.target is torch.amp.autocast_mode._enter_autocast:
             casting.append(bool(argument(node, 2, "enabled", True)))
         elif node.target is torch.amp.autocast_mode._exit_autocast:
             casting.pop()
-        made = product_of(node)
+        made = product_of(node, constant)
         if made is not None and casting[-1]:  # which casts the operands of aten's matmuls, when the graph runs, and not the fused op's
             problems[node] = "it runs under autocast, which chooses its dtype"
         elif isinstance(made, Product):

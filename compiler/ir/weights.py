@@ -58,6 +58,17 @@ def is_constant(node) -> bool:
     return weights > 0
 
 
+def constants(graph: Graph) -> set[Node]:
+    """The nodes of a graph for which `is_constant` holds, and those that depend on nothing at all, in one sweep; none in a graph that trains."""
+    if why_trained(graph, ()) is not None:
+        return set()
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if is_weight_input(node) or (is_pure(node) or is_getitem(node)) and all(a in found for a in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def why_trained(graph: Graph, nodes) -> str | None:
     """Why these values may not be computed ahead: a gradient is wanted of this graph. None in inference."""
     if not torch.is_grad_enabled():
