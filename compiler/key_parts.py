@@ -5,8 +5,7 @@
 For a cache of C positions and an absorbed head dim of 512 + 64 in float32, the copy reads and writes 4.7 MB at C = 2048: as long as the attention itself takes.
 
 It is made where the copy is all that is saved and nothing is lost: the larger part lies in memory anyway (an input, a call's result, or something
-that others read too), attention alone reads the joined tensor, nobody writes to a part between the two, and every part keeps the head dim
-as its last dim through the views between. Rotary's own cat of two computed halves is none of these, and stays.
+that others read too), attention alone reads the joined tensor, nobody writes to a part between the two, and the views between leave the head dim whole. Rotary's own cat of two computed halves is none of these, and stays.
 """
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..codegen.liveness import Liveness, is_inplace
 from ..codegen.partition import computes
 from .ir import attention_parts as _op  # noqa: F401 (registers the op)
-from .ir.graph import aten, insert, is_call, is_tensor, value
+from .ir.graph import argument, aten, insert, is_call, is_tensor, value
 
 PARTS = 2  # what the kernels are generated for
 
@@ -28,68 +27,58 @@ def separate_keys(gm: GraphModule) -> None:
         if not is_call(node, torch.ops.tileweld.attention.default) or not (join := _join(node)):
             continue
         live = live or Liveness(gm.graph)
-        if _pays(join[-1], node) and not _written_between(gm.graph, live, join[-1], node):
+        if _pays(join[-1]) and not _written_between(gm.graph, live, join[-1], node):
             live = None  # lines change
             _rewrite(gm.graph, node, join)
     gm.graph.eliminate_dead_code()
 
 
 def _join(attention: Node) -> list[Node] | None:
-    """The views from attention's k back to a cat along the head dim, and that cat; None for any other k."""
-    node, path = attention.args[1], []
-    while _is_row_view(node):
+    """The views from attention's k back to a cat along the head dim, and that cat, each read by the next alone; None for any other k."""
+    node, path, dim = attention.args[1], [], 3
+    while isinstance(node, Node) and is_tensor(node) and len(node.users) == 1 and not is_call(node, aten.cat.default):
+        dim = _dim_before(node, dim)
+        if dim is None:
+            return None
         path.append(node)
         node = node.args[0]
-    if not is_call(node, aten.cat.default):
+    if not is_call(node, aten.cat.default) or len(node.users) != 1 or attention.args[2] is attention.args[1]:
         return None
-    tensors, dim = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    rank = value(node).dim()
-    if dim % rank != rank - 1 or len(tensors) != PARTS:
+    tensors, rank = node.args[0], value(node).dim()
+    if argument(node, 1, "dim", 0) % rank != dim or len(tensors) != PARTS:
         return None
-    if any(value(x).dim() != rank or value(x).dtype != value(node).dtype or not isinstance(value(x).shape[-1], int) for x in tensors):
+    if any(value(x).dim() != rank or value(x).dtype != value(node).dtype or not isinstance(value(x).shape[dim], int) for x in tensors):
         return None
     return [*path, node]
 
 
-def _is_row_view(node) -> bool:
-    """A view that leaves rows along the last dim whole, and does the same to a narrower tensor."""
-    if not isinstance(node, Node) or not is_tensor(node) or not node.args:
-        return False
-    rank = value(node).dim()
-    if is_call(node, aten.unsqueeze.default):
-        return node.args[1] % rank != rank - 1
-    if is_call(node, aten.squeeze.dim):
-        return node.args[1] % (rank + 1) != rank
-    if is_call(node, aten.transpose.int):
-        return all(d % rank != rank - 1 for d in node.args[1:3])
-    if is_call(node, aten.permute.default):
-        return node.args[1][-1] % rank == rank - 1
-    if is_call(node, aten.slice.Tensor):
-        return len(node.args) > 1 and node.args[1] % rank != rank - 1
-    return False
+def _dim_before(view: Node, dim: int) -> int | None:
+    """Which dim of a view's input its dim ``dim`` is, whole; None if it is none, or the view is not of those that do the same to a narrower tensor."""
+    if view.op != "call_function" or not isinstance(view.args[0], Node):
+        return None
+    rank, before = value(view).dim(), value(view.args[0]).dim()
+    if is_call(view, aten.permute.default):
+        return view.args[1][dim] % rank
+    if is_call(view, aten.transpose.int):
+        x, y = (d % rank for d in view.args[1:3])
+        return y if dim == x else x if dim == y else dim
+    if is_call(view, aten.unsqueeze.default):
+        at = view.args[1] % rank
+        return None if dim == at else dim - (dim > at)
+    if is_call(view, aten.squeeze.dim, aten.select.int):
+        return dim + (dim >= view.args[1] % before) if before > rank else dim
+    if is_call(view, aten.slice.Tensor):
+        return None if argument(view, 1, "dim", 0) % rank == dim else dim
+    return None
 
 
-def _pays(cat: Node, attention: Node) -> bool:
+def _pays(cat: Node) -> bool:
     """Is the larger part in memory whether or not it is joined?"""
-    readers = [cat]
-    while readers:  # attention alone may read the joined tensor, through views
-        node = readers.pop()
-        for user in node.users:
-            if user is attention:
-                continue
-            if not _is_row_view(user):
-                return False
-            readers.append(user)
-    if attention in cat.users and attention.args[2] is cat:
-        return False
-    large = max(cat.args[0], key=lambda x: value(x).shape[-1])
-    if len(large.users) > 1:
-        return True
-    while large.op == "call_function" and large.args and isinstance(large.args[0], Node) and _is_any_view(large):
+    dim = argument(cat, 1, "dim", 0)
+    large = max(cat.args[0], key=lambda x: value(x).shape[dim])
+    while len(large.users) == 1 and large.op == "call_function" and large.args and isinstance(large.args[0], Node) and _is_any_view(large):
         large = large.args[0]
-        if len(large.users) > 1:
-            return True
-    return not computes(large, value(large).device.type)
+    return len(large.users) > 1 or not computes(large, value(large).device.type)
 
 
 def _is_any_view(node: Node) -> bool:
