@@ -2,14 +2,17 @@
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule
 
 from . import executable_cache, log
 from .degrade import watch
 from .labels import label_inputs
-from .options import Options
 from .report import AotGraph, Report
+
+if TYPE_CHECKING:
+    from .options import Options
 
 
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
@@ -33,6 +36,7 @@ def _compile(gm: GraphModule, example_inputs, options, mode, report: Report, bui
     from .. import passes
     from .aot import compile_graph, guard_count
     from .lower import lower
+    from .options import Options
 
     checked = Options.parse(options, tuple(p.NAME for p in passes.PIPELINE))
     report.options = checked
@@ -90,6 +94,10 @@ def rewrite(gm: GraphModule, example_inputs, options: Options, report: Report) -
     label_inputs(gm, captured)
     report.captured.append(_copy(captured))
     rewritten = run(captured, passes.PIPELINE, options, report)
+    if report.detailed and options.int8 is not None:
+        from . import int8_choice
+
+        report.int8_errors |= int8_choice.errors(rewritten, example_inputs)
     report.graphs.append(rewritten)
     if options.gqa is not None:
         report.merged += merged_heads(rewritten, example_inputs, len(report.graphs) - 1)

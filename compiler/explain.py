@@ -9,7 +9,7 @@ from .. import passes
 from .backend import tileweld
 from .cost_report import launches
 from .labels import label_inputs
-from .lower import choose, note_folded
+from .lower import note_folded, settle
 from .options import Options
 from .report import KernelUse, Report
 
@@ -44,9 +44,9 @@ def trace(fn: Callable, args=(), kwargs=None, *, dynamic: bool | None = None, op
             if losses:
                 torch.autograd.grad(sum(losses), [p for p in _leaves(fn, args, kwargs) if p.requires_grad], allow_unused=True)
     for aot in report.aot:
-        choices = choose(aot.gm, checked)
+        gm, choices, _ = settle(aot.gm, checked, report, aot.graph, ("int8_linear",), build_all=False)  # int8 that may lose is built and timed, nothing else
         report.launches.append(launches(choices))
-        note_folded(aot.gm, report, aot.graph)
+        note_folded(gm, report, aot.graph)
         for choice in choices:
             name = f"{choice.kernel.language}:{choice.kernel.name}" if choice.kernel is not None else choice.name
             report.kernels.append(KernelUse(choice.op, name, choice.reason, aot.graph))

@@ -22,6 +22,7 @@ from .constants import fold_constants
 from .degrade import degrade
 from .errors import BuildError, CompilerNotFound, UnsupportedError
 from .folded import Folded, fold_weights
+from .int8_choice import replaceable, to_floats, uses
 from .ir.graph import is_tensor, source_of, value
 from .ir.lowered import Launch
 from .key_parts import separate_keys
@@ -35,13 +36,7 @@ from .select import SELECTORS, Choice, region
 
 def lower(gm: GraphModule, options: Options, report: Report, number: int, cuda_graphs: bool = False) -> Callable:
     """Replace fused ops and regions by their implementations, build all kernels of the graph at once, and return its executable."""
-    untouched = GraphModule(gm, copy.deepcopy(gm.graph))
-    choices = choose(gm, options)
-    launchers = _build({c.kernel.source: c for c in choices if c.kernel is not None}, options, report)
-    if apart := losers(choices, launchers):
-        gm, choices = untouched, choose(untouched, options, apart)
-        launchers |= _build({c.kernel.source: c for c in choices if c.kernel is not None and c.kernel.source not in launchers}, options, report)
-        report.kernels += [KernelUse("linear", "aten:mm", reason, number) for reason in apart.values()]
+    gm, choices, launchers = settle(gm, options, report, number)
     note_folded(gm, report, number)
     placer = Placer(gm)
     for choice in choices:
@@ -65,6 +60,28 @@ def lower(gm: GraphModule, options: Options, report: Report, number: int, cuda_g
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return assemble(gm, cuda_graphs)
+
+
+def settle(gm: GraphModule, options: Options, report: Report, number: int, timed: Collection[str] = ("linear", "int8_linear"), build_all: bool = True) -> tuple[GraphModule, list[Choice], dict[str, Callable]]:
+    """(the graph, what runs in it, the kernels by source) once matmuls that do not pay are taken apart, and int8 that does not is float.
+
+    timed: the ops that may lose. build_all False: only kernels of int8 that may are built, for a report.
+    """
+    untouched = GraphModule(gm, copy.deepcopy(gm.graph))
+    allowed = replaceable(untouched.graph) if options.int8 is not None and not options.int8.force else set()
+    choices, launchers, apart = choose(gm, options), {}, {}
+    while True:  # at most three times: int8, the float op in its place, its parts
+        wanted = {c.kernel.source: c for c in choices if c.kernel is not None and (build_all or c.node is not None and c.node.name in allowed)}
+        launchers |= _build({source: c for source, c in wanted.items() if source not in launchers}, options, report)
+        found = losers([c for c in choices if c.op in timed and (c.op != "int8_linear" or c.node.name in allowed)], launchers)
+        if not found:
+            break
+        apart |= found
+        gm = GraphModule(untouched, copy.deepcopy(untouched.graph))
+        choices = choose(gm, options, apart)
+    report.kernels += [KernelUse("int8_linear", "tileweld:linear", reason, number) if name in allowed else KernelUse("linear", "aten:mm", reason, number) for name, reason in apart.items()]
+    report.int8 += uses(untouched.graph, report.int8_errors, apart, number)
+    return gm, choices, launchers
 
 
 def put(placer: Placer, choice: Choice, launchers: Mapping[str, Callable | None]) -> str:
@@ -94,6 +111,8 @@ def choose(gm: GraphModule, options: Options, apart: Collection[str] = ()) -> li
     Before that, what depends on weights alone is replaced by kept values (in inference), ops that stand for several by their parts (those of the
     nodes named in ``apart`` too), what no input reaches by constants, updates of inputs by updates in place.
     """
+    if apart:
+        to_floats(gm, apart)
     if options.fold_weights:
         fold_weights(gm)
     if options.target != "reference":

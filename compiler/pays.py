@@ -1,4 +1,4 @@
-"""A fusion that does not pay is not made: a matmul's kernel is timed against torch's own matmul and its epilogue apart.
+"""A fusion that does not pay is not made, nor int8 that does not: a matmul's kernel is timed against torch's own matmul and its epilogue apart.
 
 The alternative is counted at its best: the library's product, and one pass over memory for the norm and for each epilogue. A kernel
 that is more than a tenth slower (the clock's noise on a busy machine) loses, and its op is taken apart. Timed once a kernel, number of
@@ -37,7 +37,7 @@ def losers(choices: Sequence[Choice], launchers: dict[str, Callable]) -> dict[st
     found = {}
     for choice in choices:
         k = choice.kernel
-        if choice.op != "linear" or k is None or k.language != "cpp" or k.source not in launchers:
+        if choice.op not in ("linear", "int8_linear") or k is None or k.language != "cpp" or k.source not in launchers:
             continue
         x, *rest = (value(n) for n in choice.inputs)
         weights = rest[:len(choice.node.args[1])]
@@ -45,7 +45,10 @@ def losers(choices: Sequence[Choice], launchers: dict[str, Callable]) -> dict[st
         if sum(2.0 * rows * w.shape[0] * w.shape[1] for w in weights) < WORTH_TIMING:
             continue
         fused, apart = _seconds(choice, k, launchers[k.source], x, weights, rest[len(weights):])
-        if fused > MARGIN * apart:
+        if choice.op == "int8_linear":  # it costs accuracy: no margin
+            if fused >= apart and (fused, apart) != _UNSTEADY:
+                found[choice.node.name] = f"the float product is faster here: {apart * 1e3:.2f} ms against {fused * 1e3:.2f}"
+        elif fused > MARGIN * apart:
             found[choice.node.name] = f"torch's matmul and the rest apart are faster here: {apart * 1e3:.2f} ms against {fused * 1e3:.2f}"
     return found
 
@@ -91,7 +94,9 @@ def _measured(choice, launch, x, weights, captures) -> tuple[float, float]:
         source, matrices = ins[0], ins[1:1 + len(weights)]
         spare = torch.empty_like(source)
         products = [torch.empty(source.shape[0], w.shape[0], dtype=source.dtype) for w in matrices]
-        has_norm, epilogues = bool(choice.node.args[4]), choice.node.args[7]
+        if choice.op == "int8_linear":  # against floats of x's dtype
+            matrices = [torch.ones(w.shape, dtype=source.dtype) for w in matrices]
+        has_norm, epilogues = (bool(choice.node.args[at]) if at < 7 else choice.node.args[at] for at in ((5, 8) if choice.op == "int8_linear" else (4, 7)))
 
         def fused():
             launch([*outs, *ins], ints, choice.floats)

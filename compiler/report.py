@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 if TYPE_CHECKING:
     from .cost_report import Costs
+    from .int8_choice import Int8Use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,8 @@ class Report:
         self.kept: list[Fusion] = []
         self.kernels: list[KernelUse] = []
         self.folded: list[FoldedWeight] = []
+        self.int8: list[Int8Use] = []
+        self.int8_errors: dict = {}  # int8_choice.errors of the graphs that were captured
         self.warnings: list[str] = []
         self.merged: list = []  # merged_heads.MergedHeads, one a layer, with options gqa
         self.graphs: list[GraphModule] = []
@@ -170,7 +173,7 @@ class Report:
 
     def to_json(self) -> str:
         """Counts, fusions, refusals, kernels, softmaxes per graph, costs, library calls and warnings as JSON text."""
-        rows = {name: [dataclasses.asdict(x) for x in getattr(self, name)] for name in ("fusions", "kept", "refusals", "kernels", "folded", "softmaxes")}
+        rows = {name: [dataclasses.asdict(x) for x in getattr(self, name)] for name in ("fusions", "kept", "refusals", "kernels", "int8", "folded", "softmaxes")}
         return json.dumps({"counts": dict(self.counts), "graphs": len(self.graphs), **rows, "cost": self.cost.to_json(self.device), "fallbacks": dict(self.fallbacks), "warnings": self.warnings}, indent=2)
 
     def __str__(self) -> str:
@@ -215,6 +218,10 @@ class Report:
             for (op, implementation, reason), rows in _grouped(self.kernels, lambda k: (k.op, k.implementation, k.reason)):
                 table.add_row(op, str(len(rows)), Text(implementation), Text(reason))
             result.append(table)
+        if self.int8:
+            from .int8_choice import table as int8_table
+
+            result.append(int8_table(self.int8))
         if self.folded:
             table = _table("kept, computed from weights alone", "times", "bytes", "weights")
             for (operations, size), rows in _grouped({(f.key, f.weights): f for f in self.folded}.values(), lambda f: (f.operations, f.bytes)):

@@ -71,10 +71,16 @@ def accumulators(y: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor],
     t = torch.where(s > 0, inner / s, 0).round().clamp(-127, 127)
     found = []
     for q, scale, w in zip(weights, scales, wide):
-        a = (t.double() @ q.double().T).to(y.dtype) * s * scale.to(y.dtype).T  # float64 holds sums below 2^53 exactly, and has a fast matmul
+        a = _exact(t, q).to(y.dtype) * s * scale.to(y.dtype).T
         a = a if outer is None else a + outer @ w.T
-        found.append(torch.where(finite, a, y @ w.T))
+        found.append(a if finite.all() else torch.where(finite, a, y @ w.T))
     return found
+
+
+def _exact(t: Tensor, q: Tensor) -> Tensor:
+    """t q^T of integers up to 127, exact: 1024 products are below 2^24, which float32 holds, and has the fast matmul; float64 adds what it takes up to 2^53."""
+    blocks = [t[:, k:k + 1024].float() @ q[:, k:k + 1024].float().T for k in range(0, t.shape[1], 1024)]
+    return blocks[0] if len(blocks) == 1 else sum(b.double() for b in blocks)
 
 
 def reference(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], captures: Sequence[Tensor], sizes: Sequence[int], eps: float, spec: Spec, activation: str,

@@ -1,0 +1,136 @@
+"""int8 only where it pays: which int8_linear could run on the float weights that it was made of, that exchange, and the report's rows.
+
+A product whose weights are int8 in the model already has no floats to go back to. One that the int8 pass made has: `quantize_rows(W)` is an op of the graph.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Collection, Mapping
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from .capture import real_tensors
+from .ir.graph import is_call, value
+from .ir.int8_linear import dequantized
+
+tileweld = torch.ops.tileweld
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Use:
+    """A weight that was to be int8: its module, [N, K], the activations ("float", "int8", "mixed"), what it runs in and why, |w - q scale| / |w| (None: it came as
+    int8, or its values are not known), its bytes as floats and with scales as int8, the number of the graph."""
+
+    name: str
+    shape: tuple[int, int]
+    activation: str
+    kept: bool
+    reason: str
+    error: float | None
+    bytes_before: int
+    bytes_after: int
+    graph: int
+
+    @property
+    def sqnr_db(self) -> float | None:
+        return None if self.error is None else math.inf if self.error == 0 else -20 * math.log10(self.error)
+
+
+def _float_of(q: Node) -> Node | None:
+    """W of getitem(quantize_rows(W, group), 0)."""
+    return q.args[0].args[0] if is_call(q, operator.getitem) and is_call(q.args[0], tileweld.quantize_rows.default) else None
+
+
+def replaceable(graph: Graph) -> set[str]:
+    """Names of the int8_linear nodes whose weights are all quantised in this graph."""
+    return {n.name for n in graph.nodes if is_call(n, tileweld.int8_linear.default) and all(_float_of(q) is not None for q in n.args[1])}
+
+
+def to_floats(gm: GraphModule, names: Collection[str]) -> None:
+    """tileweld::linear on the float weights in the place of these nodes; what quantised them goes."""
+    for node in [n for n in gm.graph.nodes if n.name in names and is_call(n, tileweld.int8_linear.default)]:
+        x, weights, _, captures, sizes, norm, eps, prologue, epilogues, pairs, *_ = node.args
+        with gm.graph.inserting_before(node):
+            new = gm.graph.create_node("call_function", tileweld.linear.default, (x, [_float_of(q) for q in weights], captures, sizes, norm, eps, prologue, epilogues, pairs), name=f"{node.name}_float")
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+
+
+def _inputs(node: Node) -> list[Node]:
+    """The placeholders that a weight is computed from, in order."""
+    found, stack, seen = [], [node], set()
+    while stack:
+        n = stack.pop()
+        if n not in seen:
+            seen.add(n)
+            found += [n] if n.op == "placeholder" else []
+            stack += n.all_input_nodes
+    return sorted(found)
+
+
+def _key(names: list[str], weight: Node) -> tuple:
+    return (*names, *(int(n) for n in value(weight).shape))
+
+
+def errors(gm: GraphModule, example_inputs) -> dict[tuple, float]:
+    """Relative error of every weight that a captured graph quantises, from the real weights; equal keys (parts of a packed weight) have the largest."""
+    given = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs))
+    found: dict[tuple, float] = {}
+    for node in gm.graph.find_nodes(op="call_function", target=tileweld.quantize_rows.default):
+        weight = node.args[0]
+        sources = _inputs(weight)
+        if any(type(given.get(n)) not in (torch.Tensor, torch.nn.Parameter) for n in sources):
+            continue
+        with real_tensors():
+            w = _computed(weight, {n: given[n] for n in sources}).float()
+            if not w.isfinite().all():
+                continue
+            error = float((w - dequantized(*tileweld.quantize_rows(w, node.args[1]), torch.float32)).norm() / w.norm().clamp_min(1e-30))
+        key = _key([n.meta.get("label") or n.name for n in sources], weight)
+        found[key] = max(error, found.get(key, 0.0))
+    return found
+
+
+def _computed(node: Node, known: dict):
+    if node not in known:
+        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _computed(n, known))
+        known[node] = node.target(*args, **kwargs)
+    return known[node]
+
+
+def uses(graph: Graph, known: Mapping[tuple, float], apart: Mapping[str, str], number: int) -> list[Int8Use]:
+    """A row for every weight of every int8_linear of a graph as AOT made it. apart: name of the node -> why it runs in floats."""
+    found = []
+    for node in graph.find_nodes(op="call_function", target=tileweld.int8_linear.default):
+        reason = apart.get(node.name)
+        for q, scale in zip(node.args[1], node.args[2]):
+            weight, shape = _float_of(q), tuple(int(n) for n in value(q).shape)
+            sources = _inputs(weight if weight is not None else q)
+            names = [n.meta.get("weight") or n.name for n in sources]
+            why = reason or ("its weights are int8 in the model" if weight is None else "int8 is faster, or too small to be timed")
+            item = value(weight if weight is not None else node.args[0]).element_size()
+            error = known.get(_key(names, weight)) if weight is not None else None
+            found.append(Int8Use(" + ".join(n.rpartition(".")[0] or n for n in names), shape, node.args[10], reason is None, why, error, shape[0] * shape[1] * item, shape[0] * shape[1] + 4 * value(scale).numel(), number))
+    return found
+
+
+def table(rows: list[Int8Use]):
+    """rich's table of them."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("int8", "shape", "activations", "runs in", "because"):
+        made.add_column(heading, overflow="fold")
+    for heading in ("error", "SQNR dB", "bytes"):
+        made.add_column(heading, justify="right")
+    for r in rows:
+        error = ("", "") if r.error is None else (f"{r.error:.2%}", f"{r.sqnr_db:.1f}")
+        made.add_row(r.name, "x".join(map(str, r.shape)), r.activation, "int8" if r.kept else "float", r.reason, *error, f"{r.bytes_before:,} -> {r.bytes_after:,}" if r.kept else f"{r.bytes_before:,}")
+    return made
