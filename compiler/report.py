@@ -173,7 +173,7 @@ class Report:
 
     def to_json(self) -> str:
         """Counts, fusions, refusals, kernels, softmaxes per graph, costs, library calls and warnings as JSON text."""
-        rows = {name: [dataclasses.asdict(x) for x in getattr(self, name)] for name in ("fusions", "kept", "refusals", "kernels", "int8", "folded", "softmaxes")}
+        rows = {name: [dataclasses.asdict(x) for x in getattr(self, name)] for name in ("fusions", "kept", "refusals", "kernels", "int8", "folded", "merged", "softmaxes")}
         return json.dumps({"counts": dict(self.counts), "graphs": len(self.graphs), **rows, "cost": self.cost.to_json(self.device), "fallbacks": dict(self.fallbacks), "warnings": self.warnings}, indent=2)
 
     def __str__(self) -> str:

@@ -7,6 +7,9 @@ Notation, for one layer; E = D + 1 (input and a constant 1, so that a bias is on
 What leaves attention unchanged (the gauge): v <- A v with o <- o A^-1; without rotary embedding k <- A k with q <- A^-T q, both for any
 invertible A; with it, one complex number c a rotary pair: k <- c k, q <- q / conj(c). Everything here is the same for every gauge, except
 method "mean", which is the baseline of Ainslie et al., GQA, arXiv 2305.13245: the mean of the matrices as they are.
+
+Conjugates are computed (conj_physical): inside a custom op whose first call AOTAutograd watches through a dispatch mode, torch leaves out what makes
+the lazy .conj() one, and products are of the number itself (torch 2.13; tests/passes/test_mha_to_gqa.py held it).
 """
 from __future__ import annotations
 
@@ -122,16 +125,16 @@ def merge_pairs(w: Tensor, power: Tensor, l: Tensor, method: str) -> tuple[Tenso
     elif method == "aligned":
         center = z[0]
         for _ in range(_ROUNDS):
-            overlap = (center * z.conj()).sum(-1)
+            overlap = (center * z.conj_physical()).sum(-1)
             turn = torch.where(overlap.abs() > 0, overlap / overlap.abs().clamp_min(1e-300), 1)
             center = (turn[..., None] * z).mean(0)
-        shared, maps = (turn[..., None] * w).mean(0), turn.conj()
+        shared, maps = (turn[..., None] * w).mean(0), turn.conj_physical()
     else:
         d = power.sqrt()
         d = torch.maximum(d, d.amax(0) * 1e-6).clamp_min(1e-30)  # a pair no query looks at still needs a finite map
-        gram = torch.einsum("ipe,jpe->pij", d[..., None] * z, (d[..., None] * z).conj())
+        gram = torch.einsum("ipe,jpe->pij", d[..., None] * z, (d[..., None] * z).conj_physical())
         top = torch.linalg.eigh(gram).eigenvectors[..., -1].T  # [m, P]
-        shared, maps = (top.conj() * d).unsqueeze(-1).mul(w).sum(0), top / d
+        shared, maps = (top.conj_physical() * d).unsqueeze(-1).mul(w).sum(0), top / d
         scale = (z.abs().square().sum(-1).mean(0) / (shared @ l.to(w.dtype)).abs().square().sum(-1).clamp_min(1e-300)).sqrt()
         scale = scale.clamp_min(1e-30)
         shared, maps = shared * scale[:, None], maps / scale
@@ -154,7 +157,7 @@ def merge_layer(heads: Heads, second_moment: Tensor, groups: list[list[int]], me
         shared_v, maps_v, error_v = merge_rows(heads.v[group], felt[group], l, method)
         if heads.pairs is not None:
             shared_k, maps_k, error_k = merge_pairs(as_pairs(heads.k[group], heads.pairs), felt_keys[group], l, method)
-            new_q = [from_pairs(as_pairs(x, heads.pairs) * maps_k[j].conj()[None, :, None], heads.pairs) for j, x in enumerate(old_q)]  # q conj(z_j) = q conj(map) conj(k)
+            new_q = [from_pairs(as_pairs(x, heads.pairs) * maps_k[j].conj_physical()[None, :, None], heads.pairs) for j, x in enumerate(old_q)]  # q conj(z_j) = q conj(map) conj(k)
             shared_k = from_pairs(shared_k[None], heads.pairs)[0]
         else:
             shared_k, maps_k, error_k = merge_rows(heads.k[group], felt_keys[group], l, method)
@@ -185,7 +188,7 @@ def similarity(heads: Heads, second_moment: Tensor) -> Tensor:
         return total + nuclear(heads.k, query_metric(heads, l))
     z = query_power(heads, l).sqrt()[..., None] * (as_pairs(heads.k, heads.pairs) @ l.to(torch.complex128))
     norm = size(z, each=True)
-    return total + torch.einsum("ipe,jpe->ijp", z, z.conj()).abs().sum(-1) / (norm[:, None] * norm).clamp_min(1e-300)
+    return total + torch.einsum("ipe,jpe->ijp", z, z.conj_physical()).abs().sum(-1) / (norm[:, None] * norm).clamp_min(1e-300)
 
 
 def refit_output(context: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, float]:
