@@ -12,7 +12,7 @@ from tileweld.passes import canonicalise
 HEAD = """# Fusions
 
 The rewrites of `passes/`, in the order in which they run (the reason for the order is in `passes/__init__.py`). One file each, its docstring has the maths,
-the cost and the papers; its test is in `tests/passes`. `options={"passes": {"NAME": False}}` turns one off. What a refusal says in a report, and what to do
+the cost and the papers; its test is in `tests/passes`. `options={"passes": {"NAME": False}}` turns one off, `True` one on that is off by default. What a refusal says in a report, and what to do
 about it: [refusals.md](refusals.md). What is left after them becomes regions, without a pattern: [design.md](design.md).
 
 | fusion | what it matches, and what it makes | refused or left, unless |

@@ -2,7 +2,7 @@
 
 A rewrite is a module with NAME and find(graph), see compiler/ir/rewrite.py; a normalisation has transform(gm) instead.
 """
-from . import add_layer_norm, add_rms_norm, attention, bias_rules, canonicalise, cross_entropy, embedding_norm, gated_mlp, int8, layer_norm, layer_norm_linear, linear, linear_epilogue, lora, mha_to_gqa, qkv_rotary, reassociate, rms_norm, rms_norm_linear, rotary
+from . import add_layer_norm, add_rms_norm, attention, bias_rules, canonicalise, cross_entropy, embedding_norm, fold_norm, gated_mlp, int8, layer_norm, layer_norm_linear, linear, linear_epilogue, lora, mha_to_gqa, qkv_rotary, reassociate, rms_norm, rms_norm_linear, rotary
 
 PIPELINE = (
     canonicalise,  # first: what means the same is spelled the same, and nothing is written in place any more
@@ -24,5 +24,6 @@ PIPELINE = (
     embedding_norm,  # a sum of embeddings and its norm -> tileweld::embedding_norm; before add_norm, which would take the last addition alone
     add_rms_norm,  # x + residual and its norm, both used -> tileweld::add_rms_norm; after the matmuls have taken what they can
     add_layer_norm,  # the same for layer norms
+    fold_norm,  # off by default: a norm's weight into the matrices behind it; after the norms are in prologues, before int8 rounds the matrices
     int8,  # linear -> int8_linear with the texts that it has by then; where options ask for it, or a module holds int8
 )
