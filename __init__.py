@@ -13,6 +13,8 @@ _LAZY = {
     "Report": ".compiler.report",
     "DegradedWarning": ".compiler.degrade",
     "refold": ".compiler.folded",
+    "Int8KV": ".runtime.kv_cache",
+    "Int8Cache": ".runtime.int8_cache",
 }
 
 _PACKAGES = ("convert",)  # subpackages for users, reached as attributes without importing them first

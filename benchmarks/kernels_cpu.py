@@ -19,6 +19,7 @@ from tileweld.codegen.cpp.attention import emit
 from tileweld.compiler.ir.attention import Variant, empty_output, integer_captures
 from tileweld.compiler.ir.evaluate import Evaluator
 from tileweld.runtime.build import CppUnit, compile_cpp
+from tileweld.runtime.kv_cache import dequantize_kv, quantize_kv
 from tileweld.runtime.launch import CppLauncher
 
 
@@ -32,6 +33,7 @@ class Workload:
     torch_does: str = "mask"  # "plain" | "causal" | "mask" | "none"
     dtype: torch.dtype = torch.float32
     empty: str = "nan"
+    int8: bool = False  # keys and values of int8 with a scale for every token and KV head; torch has fp32 ones
 
 
 WINDOW = "(j <= i) & (i - j < 256)"
@@ -60,6 +62,10 @@ WORKLOADS = [
     Workload("decode, GQA 32/8, 16384", shape=(1, 32, 8, 1, 16384, 128), torch_does="plain"),
     Workload("decode, GQA 32/8, bfloat16", shape=(1, 32, 8, 1, 16384, 128), torch_does="plain", dtype=torch.bfloat16),
     Workload("decode of 4, GQA 32/8", shape=(1, 32, 8, 4, 4096, 128), torch_does="plain"),
+    Workload("decode, fp32 KV, 4096", shape=(1, 12, 12, 1, 4096, 64), torch_does="plain"),
+    Workload("decode, int8 KV, 4096", shape=(1, 12, 12, 1, 4096, 64), torch_does="plain", int8=True),
+    Workload("decode, GQA 32/8, fp32 KV, 4096", shape=(1, 32, 8, 1, 4096, 128), torch_does="plain"),
+    Workload("decode, GQA 32/8, int8 KV, 4096", shape=(1, 32, 8, 1, 4096, 128), torch_does="plain", int8=True),
 ]
 
 
@@ -84,12 +90,19 @@ def run(workload: Workload, rounds: int) -> str:
     B, H, Hk, Tq, Tk, D = workload.shape
     captures = workload.captures(B, H, Tq, Tk)
     variant = Variant(workload.score, workload.mask, empty=workload.empty, integer_captures=integer_captures(captures))
-    kernel = emit(variant, q_dtype=workload.dtype, capture_dtypes=[c.dtype for c in captures], capture_ranks=[c.dim() for c in captures], head_dim=D, value_dim=D)
-    launch = CppLauncher(compile_cpp([CppUnit(kernel.name, kernel.source, kernel.link_torch)])[0], kernel.entry)
     q, k, v = (torch.randn(B, length, heads, D).to(workload.dtype).transpose(1, 2) for length, heads in ((Tq, H), (Tk, Hk), (Tk, Hk)))
+    read, made, reads, known = [k, v], variant, captures, {}
+    if workload.int8:
+        (k8, k_scale), (v8, v_scale) = (quantize_kv(x.contiguous()) for x in (k, v))
+        k, v = dequantize_kv(k8, k_scale), dequantize_kv(v8, v_scale)
+        at = f"[b, floordiv(h, {H // Hk}), j]"
+        made, reads, read = Variant(f"0.125*(s*c0{at})", value=f"c1{at}"), [k_scale[..., 0], v_scale[..., 0]], [k8, v8]
+        known = {"k_dtype": torch.int8, "v_dtype": torch.int8}
+    kernel = emit(made, q_dtype=workload.dtype, capture_dtypes=[c.dtype for c in reads], capture_ranks=[c.dim() for c in reads], head_dim=D, value_dim=D, **known)
+    launch = CppLauncher(compile_cpp([CppUnit(kernel.name, kernel.source, kernel.link_torch)])[0], kernel.entry)
     out = empty_output(q, D)
     bias, pairs = bias_of(variant, captures, workload.shape)
-    contenders = [lambda: launch([out, q, k, v, *captures])]
+    contenders = [lambda: launch([out, q, *read, *reads])]
     scale = variant.linear_scale or (0.125 if workload.score.startswith("s*") else 1.0)
     options = {"plain": {}, "causal": {"is_causal": True}, "mask": {"attn_mask": bias if bias.dtype == torch.bool else bias.to(workload.dtype)}}.get(workload.torch_does)
     if options is not None:

@@ -35,17 +35,28 @@ class Captures:
             if dtype not in ELEMENTS:
                 raise UnsupportedError(f"a C++ kernel cannot read c{k} of dtype {dtype}", cure="cast the captured tensor to a float or integer dtype")
 
-    def printer(self, checked: set = frozenset()) -> CppPrinter:
-        """checked: index expressions for which the flag `inside` vouches."""
+    def printer(self, checked: set = frozenset(), by_key: bool = False) -> CppPrinter:
+        """checked: index expressions for which the flag `inside` vouches; by_key: the flag `unit` tells whether elements of neighbouring keys are neighbours."""
 
         def load_text(k, indices):
             if k >= len(self.ranks) or len(indices) != self.ranks[k]:
                 raise UnsupportedError(f"c{k} is read with {len(indices)} indices and has {self.ranks[k] if k < len(self.ranks) else 'no'} dimensions")
-            offsets = [f"{self._index(printer, index, f'call.c{k}_size[{d}]', checked)} * call.c{k}_stride[{d}]" for d, index in enumerate(indices)]
+            strides = [f"(unit ? 1 : call.c{k}_stride[{d}])" if by_key and self._runs(indices, d) else f"call.c{k}_stride[{d}]" for d in range(len(indices))]
+            offsets = [f"{self._index(printer, index, f'call.c{k}_size[{d}]', checked)} * {strides[d]}" for d, index in enumerate(indices)]
             return f"element(call.c{k}[{' + '.join(offsets) or '0'}])"
 
         printer = CppPrinter(load_text, {k: _BOUNDS[dtype] for k, dtype in enumerate(self.dtypes) if dtype in _BOUNDS})
         return printer
+
+    @staticmethod
+    def _runs(indices, d) -> bool:
+        """Is dim d that of the keys, and j in no other?"""
+        return indices[d] == sc.J and not any(e.has(sc.J) for n, e in enumerate(indices) if n != d)
+
+    def units(self, placement) -> list[str]:
+        """Tests that are true where the loads of a key run along memory with the keys: the loop then becomes vector instructions."""
+        found = [f"call.{e.args[0].name}_stride[{d}] == 1" for _, value in placement.key for e in sc.loads(value) for d in range(len(e.args) - 1) if self._runs(e.args[1:], d)]
+        return list(dict.fromkeys(found))
 
     @staticmethod
     def _index(printer, index, size, checked):
@@ -122,8 +133,8 @@ def row_source(captures: Captures, score, mask) -> str:
                 "INLINE void score_row(const Call&, float*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float) {}\n")
     placement = _Placement(sc.S if plain else score, mask)
     score, mask = placement.exprs
-    checks = _index_checks(placement)
-    printer = captures.printer({index for index, *_ in checks})
+    checks, units = _index_checks(placement), captures.units(placement)
+    printer = captures.printer({index for index, *_ in checks}, by_key=True)
     body = [f"        const float score = {printer.real(score)};", f"        scores[n] = !masks || ({printer(mask)}) ? score : masked;"]
     loop = _loop("score_keys", captures, placement, [score, mask], ["        const float s = scores[n];"], body, printer, "bool masks, ", ", float masked")
     choose = ["INLINE void score_row(const Call& call, float* scores, int64_t b, int64_t h, int64_t i, int64_t j_lo, int64_t width, bool full, float masked) {"]
@@ -132,11 +143,9 @@ def row_source(captures: Captures, score, mask) -> str:
     arguments = "(call, scores, b, h, i, j_lo, int(width), masked)"
     if checks:
         choose.append("    const bool inside = indices_inside(call, b, h, i, j_lo, j_lo + width - 1);")
-    for masks, when in ((False, "full && "), (True, "")) if not plain and mask is not sympy.true else ((plain, ""),):
-        for kind, inside, condition in (("int32_t", True, "call.is_narrow && inside"), ("int32_t", False, "call.is_narrow"), ("int64_t", False, "true")):
-            if checks or not inside:
-                test = f"if ({when}{condition}) ".replace(" && true", "").replace("if (true) ", "")
-                choose.append(f"    {test}return score_keys<{kind}, {str(masks).lower()}, {str(inside).lower()}>{arguments};")
+    for masks, when in ((False, ["full"]), (True, [])) if not plain and mask is not sympy.true else ((plain, []),):
+        for kind, flags, conditions in _ways(checks, units):
+            choose.append(f"    {_when([*when, *conditions])}return score_keys<{kind}, {str(masks).lower()}, {flags}>{arguments};")
     return "\n".join([*_inside_source("indices_inside", placement, captures, checks), *loop, *choose, "}"]) + "\n"
 
 
@@ -146,21 +155,32 @@ def value_source(captures: Captures, value) -> str:
         return "INLINE void value_row(const Call&, float*, int64_t, int64_t, int64_t, int64_t, int64_t) {}\n"
     placement = _Placement(value)
     value, = placement.exprs
-    checks = _index_checks(placement)
-    printer = captures.printer({index for index, *_ in checks})
+    checks, units = _index_checks(placement), captures.units(placement)
+    printer = captures.printer({index for index, *_ in checks}, by_key=True)
     loop = _loop("value_keys", captures, placement, [value], [], [f"        scores[n] *= {printer.real(value)};"], printer)
     choose = ["INLINE void value_row(const Call& call, float* weights, int64_t b, int64_t h, int64_t i, int64_t j_lo, int64_t width) {"]
     if checks:
         choose.append("    const bool inside = values_inside(call, b, h, i, j_lo, j_lo + width - 1);")
-    for kind, inside, condition in (("int32_t", True, "if (call.is_narrow && inside) "), ("int32_t", False, "if (call.is_narrow) "), ("int64_t", False, "")):
-        if checks or not inside:
-            choose.append(f"    {condition}return value_keys<{kind}, {str(inside).lower()}>(call, weights, b, h, i, j_lo, int(width));")
+    for kind, flags, conditions in _ways(checks, units):
+        choose.append(f"    {_when(conditions)}return value_keys<{kind}, {flags}>(call, weights, b, h, i, j_lo, int(width));")
     return "\n".join([*_inside_source("values_inside", placement, captures, checks), *loop, *choose, "}"]) + "\n"
+
+
+def _ways(checks, units):
+    """(type of positions, "inside, unit", what must hold for it) of the loops over keys, the best first."""
+    narrow, inside = ["call.is_narrow"], ["inside"] if checks else []
+    ways = [("int32_t", f"{str(bool(checks)).lower()}, true", [*narrow, *inside, *units])] if units else []
+    ways += [("int32_t", "true, false", [*narrow, *inside])] if checks else []
+    return [*ways, ("int32_t", "false, false", narrow), ("int64_t", "false, false", [])]
+
+
+def _when(conditions) -> str:
+    return f"if ({' && '.join(conditions)}) " if conditions else ""
 
 
 def _loop(name, captures, placement, exprs, start, body, printer, flags="", rest="") -> list[str]:
     """A loop over a row's scores, with what the placement gives to the row in front of it, and to a key in it."""
-    return [f"template <class Int, {flags}bool inside>",
+    return [f"template <class Int, {flags}bool inside, bool unit>",
             f"static void {name}(const Call& call, float* __restrict scores, int64_t batch, int64_t head, int64_t row, int64_t first_key, int width{rest}) {{",
             *_locals([*placement.values, *exprs], "Int", {"b": "batch", "h": "head", "i": "row"}), *_definitions(placement.row, captures.printer(), 4),
             "    for (int n = 0; n < width; ++n) {", "        const Int j = Int(first_key) + n;", *start, *_definitions(placement.key, printer, 8), *body, "    }", "}", ""]

@@ -90,7 +90,15 @@ INLINE Vector load_vector(const Half* p) {
     return x;
 #endif
 }
-INLINE Vector load_vector(const int8_t* p) { return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const ByteVector*>(p), IntVector), Vector); }
+INLINE Vector load_vector(const int8_t* p) {
+    IntVector x;
+#if defined(__AVX512F__) || defined(__AVX2__)
+    asm("vpmovsxbd %1, %0" : "=v"(x) : "m"(*reinterpret_cast<const ByteVector*>(p)));  // GCC's __builtin_convertvector takes the bytes one by one
+#else
+    for (int lane = 0; lane < VL; ++lane) x[lane] = p[lane];
+#endif
+    return __builtin_convertvector(x, Vector);
+}
 INLINE void store_vector(float* p, Vector x) { *reinterpret_cast<LooseVector*>(p) = x; }
 
 // The upper halves of floats, rounded to nearest even; not for NaN.

@@ -33,6 +33,7 @@ score   $score
 mask    $mask
 fill    $fill, a row without a key gives $empty
 sink    $sink
+value   $value, a factor of the weights that the denominator does not see
 dtypes  $dtypes; head dim $head_dim, value dim $value_dim
 """
 import torch
@@ -69,9 +70,9 @@ def attention(tensors, ints, floats):
     if out.numel() == 0 or k.shape[2] == 0:
         return
     if q.device.type == "cpu":
-        if q.dtype == torch.bfloat16:  # the interpreter computes bf16 on raw bits
+        if $widened:  # the interpreter computes bf16 on raw bits
             result = torch.empty_like(out, dtype=torch.float32)
-            attention([result, *(x.float() for x in tensors[1:len(tensors) - len(captures)]), *captures], ints, floats)
+            attention([result, *(x if x.dtype == torch.int8 else x.float() for x in tensors[1:len(tensors) - len(captures)]), *captures], ints, floats)
             out.copy_(result)
             return
         captures = [x.float() if x.dtype == torch.bfloat16 else x for x in captures]
@@ -145,21 +146,22 @@ _STRIDES = {"q": ("q", "bhid"), "k": ("k", "bhjd"), "r": ("r", "bhjd"), "v": ("v
 
 
 def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[torch.dtype] = (), capture_ranks: Sequence[int] = (), head_dim: int, value_dim: int,
-         num_sizes: int = 0, key_dims: Sequence[int] = ()) -> Kernel:
+         num_sizes: int = 0, key_dims: Sequence[int] = (), k_dtype: torch.dtype | None = None, v_dtype: torch.dtype | None = None) -> Kernel:
     """The kernel of a variant, for every B, H, Hk, Hv, Tq, Tk and all strides.
 
-    q_dtype: of q, k, v and the output: float16, bfloat16 or float32. head_dim, value_dim: 1 to `MAX_HEAD_DIM`.
+    q_dtype: of q, k, v and the output: float16, bfloat16 or float32. k_dtype, v_dtype: int8 where k or v is (a quantised cache), None for q_dtype. head_dim, value_dim: 1 to `MAX_HEAD_DIM`.
     key_dims: head dims of the parts of the keys, which add up to head_dim, where they are two tensors [B, Hk, Tk, D] with an Hk each.
     Tensors of a call: [out, q, *parts of k, v, *captures], then the integers n0, n1, ...; no floats.
     Raises UnsupportedError for other dtypes and sizes.
     """
-    _check(q_dtype, capture_dtypes, head_dim, value_dim)
+    k_dtype, v_dtype = k_dtype or q_dtype, v_dtype or q_dtype
+    _check(q_dtype, {"k": k_dtype, "v": v_dtype}, capture_dtypes, head_dim, value_dim)
     key_dims = tuple(key_dims) or (head_dim,)
     if len(key_dims) > len(KEYS) or sum(key_dims) != head_dim or min(key_dims) < 1:
         raise UnsupportedError(f"keys of head dim {head_dim} in parts of {list(key_dims)}", cure=f"at most {len(KEYS)} parts of at least 1 that add up to the head dim")
     if (width := sum(chunk.width for dim in key_dims for chunk in chunks(dim))) > MAX_WIDTH:
         raise UnsupportedError(f"keys in parts of {list(key_dims)} take tiles of {width} dims", cure=f"{MAX_WIDTH} are supported: parts that are powers of two need no padding")
-    text = AttentionText(variant, key_dims, value_dim, q_dtype == torch.float32)
+    text = AttentionText(variant, key_dims, value_dim, q_dtype, k_dtype == torch.int8, v_dtype == torch.int8)
     letters = ["q", *text.keys, "v", "o"]
     tensors = [f"stride_{letter}{axis}" for letter in letters for axis in _STRIDES[letter][1]]
     pointers = ["out_ptr", "q_ptr", *(f"{letter}_ptr" for letter in text.keys), "v_ptr"]
@@ -171,7 +173,7 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
     units = [f"stride_{letter}d" for letter in letters] + [f"c{k}_s{rank - 1}" for k, rank in enumerate(capture_ranks)]
 
     def aot(parameters, *constants):
-        types = {name: "constexpr" if name in units else _type(name, q_dtype, capture_dtypes) for name in parameters} | dict.fromkeys(constants, "constexpr")
+        types = {name: "constexpr" if name in units else _type(name, q_dtype, k_dtype, v_dtype, capture_dtypes) for name in parameters} | dict.fromkeys(constants, "constexpr")
         divisible = [name for name, kind in types.items() if kind[0] == "*" or (name.startswith("stride") and kind != "constexpr")]
         return [f"signature={types!r},", f"divisible_by_16={divisible!r},"], ", ".join(f"{name}=1" for name in parameters if name in units)
 
@@ -181,8 +183,9 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
     dtype = str(q_dtype).removeprefix("torch.")
     captures = ", ".join(f"c{k} {str(d).removeprefix('torch.')}[{rank}-d]" for k, (d, rank) in enumerate(zip(capture_dtypes, capture_ranks, strict=True)))
     source = fill(
-        MODULE, score=variant.score, mask=variant.mask, fill=variant.fill, empty={"nan": "nan", "zero": "0", "added": "the mean"}[variant.empty], sink=variant.sink or "none",
-        dtypes=dtype + (f", {captures}" if captures else ""), head_dim=" + ".join(map(str, key_dims)), value_dim=value_dim, keys=", ".join(text.keys),
+        MODULE, score=variant.score, mask=variant.mask, fill=variant.fill, empty={"nan": "nan", "zero": "0", "added": "the mean"}[variant.empty], sink=variant.sink or "none", value=variant.value or "1",
+        widened="q.dtype != torch.float32" if text.wide_range else "q.dtype == torch.bfloat16",
+        dtypes=dtype + "".join(f", {name} int8" for name, d in (("k", k_dtype), ("v", v_dtype)) if d == torch.int8) + (f", {captures}" if captures else ""), head_dim=" + ".join(map(str, key_dims)), value_dim=value_dim, keys=", ".join(text.keys),
         key_tensors=", ".join(f"{x} [B, Hk, Tk, {dim}]" for x, dim in zip(text.keys, key_dims)), key_test="".join(f" and k.shape[1] % {x}.shape[1] == 0" for x in text.keys[1:]), captures=captures or "no captures",
         sizes=", ".join(f"n{n}" for n in range(num_sizes)) or "none", functions=text.functions(), prefill=prefill, decode=decode,
         prefill_call=", ".join(map(_host_argument, text.prefill)), decode_call=", ".join(map(_host_argument, text.decode)),
@@ -191,12 +194,16 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         decode_configs=[_configs(q_dtype, key_dims, value_dim, backend, decode=True) for backend in ("cuda", "ampere", "hip", "cpu")],
         prefill_aot=prefill_aot, prefill_constants=prefill_constants, decode_aot=decode_aot, decode_constants=decode_constants, combine_aot=combine_aot)
     detail = f"score={variant.score} mask={variant.mask} {dtype} head dim {head_dim}" + (f"/{value_dim}" if value_dim != head_dim else "")
+    detail += "".join(f" {name} int8" for name, d in (("k", k_dtype), ("v", v_dtype)) if d == torch.int8) + (f" value={variant.value}" if variant.value else "")
     return Kernel(name="attention", language="triton", source=source, entry="attention", rewrite="attention", detail=detail)
 
 
-def _check(q_dtype, capture_dtypes, head_dim, value_dim):
+def _check(q_dtype, others, capture_dtypes, head_dim, value_dim):
     if q_dtype not in DTYPES:
         raise UnsupportedError(f"no Triton attention kernel for {q_dtype}", cure="use float16, bfloat16 or float32, or the reference target")
+    for name, dtype in others.items():
+        if dtype not in (q_dtype, torch.int8):
+            raise UnsupportedError(f"no Triton attention kernel for q of {q_dtype} and {name} of {dtype}", cure="give them one dtype, or int8 keys and values")
     for name, width in (("head", head_dim), ("value", value_dim)):
         if not 1 <= width <= MAX_HEAD_DIM:
             raise UnsupportedError(f"no Triton attention kernel for {name} dim {width}", cure=f"1 to {MAX_HEAD_DIM} are supported")
@@ -215,12 +222,12 @@ def _configs(dtype, key_dims, value_dim, backend, **kind) -> str:
     return f'"{backend}": {chosen!r},'
 
 
-def _type(name, q_dtype, capture_dtypes) -> str:
+def _type(name, q_dtype, k_dtype, v_dtype, capture_dtypes) -> str:
     if not name.endswith("_ptr"):
         return "i32"
     if name in SCRATCH:
         return SCRATCH[name]
-    return POINTERS[capture_dtypes[int(name[1:-4])] if name[0] == "c" else q_dtype]
+    return POINTERS[capture_dtypes[int(name[1:-4])] if name[0] == "c" else {"k": k_dtype, "r": k_dtype, "v": v_dtype}.get(name[0], q_dtype)]
 
 
 def _host_argument(name: str) -> str:

@@ -16,6 +16,7 @@ import functools
 import math
 
 import sympy
+import torch
 
 from ...compiler.ir import scalar as sc
 from ...compiler.ir.attention import Variant
@@ -82,8 +83,9 @@ def attention_kernel($arguments):
 class AttentionText:
     """The parts of one variant's kernel as text."""
 
-    def __init__(self, variant: Variant, key_dims: tuple[int, ...], value_dim: int, single: bool):
-        self.variant, self.single = variant, single
+    def __init__(self, variant: Variant, key_dims: tuple[int, ...], value_dim: int, q_dtype: torch.dtype, int8_keys: bool = False, int8_values: bool = False):
+        self.variant, self.single, self.int8_keys, self.int8_values = variant, q_dtype == torch.float32, int8_keys, int8_values
+        self.wide_range = q_dtype == torch.float16 and int8_values and variant.value_expr is not None  # weights times a scale of 1e-4 leave fp16's normal numbers; bf16 holds int8 exactly
         self.keys = KEYS[:len(key_dims)]
         starts = [sum(key_dims[:n]) for n in range(len(key_dims))]
         self.key_chunks = [(letter, start, dataclasses.replace(c, start=start + c.start)) for letter, start, dim in zip(self.keys, starts, key_dims) for c in chunks(dim)]
@@ -91,7 +93,7 @@ class AttentionText:
         self.masked = variant.mask_expr is not sympy.true
         self.ranges: Ranges = ranges(variant.mask_expr)
         self.value_dim = value_dim
-        self.dense = any(load.has(sc.I) and load.has(sc.J) for e in (variant.score_expr, variant.mask_expr) for load in sc.loads(e))
+        self.dense = any(load.has(sc.I) and load.has(sc.J) for e in (variant.score_expr, variant.mask_expr, variant.value_expr) if e is not None for load in sc.loads(e))
         self.test_reads_head = self.ranges.tile_test.has(sc.H)
         self.tested = self.ranges.tile_test is not sympy.true
         self.finite_fill = self.masked and math.isfinite(variant.fill)
@@ -103,8 +105,9 @@ class AttentionText:
         # product in the loop and the factor joins the subtraction in one FMA
         self.raw_scale = scale * LOG2E if scale and 0 < scale < 1e30 else None
         self.unit, self.score = (1.0, folded) if folded is not None else (LOG2E, score)
+        value = [] if variant.value_expr is None else sc.loads(variant.value_expr)
         self.hoisted = {load: f"c{load.args[0].name[1:]}_{'row' if load.has(sc.I) else 'head'}{n}"
-                        for n, load in enumerate(x for x in sc.loads(score) + [y for y in sc.loads(variant.mask_expr) if y not in sc.loads(score)] if not x.has(sc.J))}
+                        for n, load in enumerate(x for x in sc.loads(score) + [y for y in sc.loads(variant.mask_expr) if y not in sc.loads(score)] + [y for y in value if y not in sc.loads(score) + sc.loads(variant.mask_expr)] if not x.has(sc.J))}
 
     # ------------------------------------------------------------------------------------------ printing
     def print(self, e, *, names=None, guards=None, hoisted=None) -> str:
@@ -137,8 +140,13 @@ class AttentionText:
         for n, (letter, start, chunk) in enumerate(self.key_chunks):
             dims = f"(dims{n}[:, None] - {start})" if start else f"dims{n}[:, None]"
             lines += self._load(f"k{n}", f"{letter}_tile + {dims} * stride_{letter}d + keys[None, :] * stride_{letter}j", chunk, f"dims{n}[:, None]", "j")
-            lines.append(f"s = tl.dot(q{n}, k{n}{', s' if n else ''}{precision})")
+            lines.append(f"s = tl.dot(q{n}, k{n}{self.cast(self.int8_keys)}{', s' if n else ''}{precision})")
         return lines
+
+    @staticmethod
+    def cast(int8: bool) -> str:
+        """int8 elements become q's dtype in registers, which holds them exactly."""
+        return ".to(q0.dtype)" if int8 else ""
 
     def softmax(self) -> list[str]:
         masked, plain = (self.in_tile(self.score, masked) + ("" if self.score.has(sc.S) else " + tl.zeros_like(s)") for masked in (True, False))
@@ -170,10 +178,16 @@ class AttentionText:
 
     def values(self) -> list[str]:
         precision = ', input_precision="ieee"' if self.single else ""
-        lines = []
+        lines, weights = [], "p"
+        if (e := self.variant.value_expr) is not None:
+            weights = "w"
+            masked, plain = (self.in_tile(e, masked) for masked in (True, False))
+            lines.append(f"w = p * ({plain})" if masked == plain else f"if MASKED:\n    w = p * ({masked})\nelse:\n    w = p * ({plain})")
         for n, chunk in enumerate(self.v_chunks):
             lines += self._load(f"v{n}", f"v_tile + keys[:, None] * stride_vj + vdims{n}[None, :] * stride_vd", chunk, f"vdims{n}[None, :]", "(j0 + keys[:, None])")
-            lines.append(f"acc{n} = tl.dot(p.to(v{n}.dtype), v{n}, acc{n} * alpha[:, None]{precision})")
+            if self.int8_values:
+                lines.append(f"v{n} = v{n}.to({'tl.bfloat16 if q0.dtype == tl.float16 else ' if self.wide_range else ''}q0.dtype)")
+            lines.append(f"acc{n} = tl.dot({weights}.to(v{n}.dtype), v{n}, acc{n} * alpha[:, None]{precision})")
         return lines
 
     @functools.cached_property

@@ -20,6 +20,7 @@ from .unliftable import Unliftable
 from .views import COMPRESSING, VIEWS, broadcast_index
 
 aten = torch.ops.aten
+CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
 
 
 @dataclasses.dataclass
@@ -81,12 +82,12 @@ def look_behind(lift, node, index, sizes, reduced, role) -> Operand | None:
 
     Stops right behind the last step that saves something (an expand, a copy, a cast, a factor); plain views are left to the
     model. ``reduced`` is the index of the head dim: a factor may not depend on it, and v (``role`` "v") has one only where it dequantises
-    int8. None where no layout fits.
+    int8, as a cast down is passed only on the way to int8. None where no layout fits.
     """
-    best, factor, useful, steps = None, Integer(1), True, 0
+    best, factor, useful, narrowed, steps = None, Integer(1), True, False, 0
     while steps < 64:
         steps += 1
-        fits = role != "v" or factor == 1 or value(node).dtype == torch.int8
+        fits = value(node).dtype == torch.int8 or not narrowed and (role != "v" or factor == 1)
         if useful and fits and (dims := layout(node, index, with_groups(index, sizes))) is not None and _heads_fit(dims, role):
             best, useful = Operand(node, tuple(index), factor), False
         target = node.target if node.op == "call_function" else None
@@ -94,8 +95,10 @@ def look_behind(lift, node, index, sizes, reduced, role) -> Operand | None:
             if target in VIEWS and target not in (aten.slice.Tensor, aten.select.int, aten.flip.default):
                 source, index = VIEWS[target](lift, node, index)
                 useful |= target in COMPRESSING
-            elif target in (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.type_as.default) and _keeps_value(node, role):
+            elif target in CASTS and _keeps_value(node, role):
                 source, useful = node.args[0], True
+            elif target in CASTS and role != "q" and value(node.args[0]).dtype.is_floating_point and value(node).dtype.is_floating_point:
+                source, narrowed = node.args[0], True  # a dequantised element's rounding to a half type is not done, as everywhere in a fused kernel
             elif target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
                 source, index, scale = _scaled(lift, node, index, reduced)
                 factor, useful = sc.mul(factor, scale), True

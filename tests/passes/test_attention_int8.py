@@ -63,9 +63,22 @@ def test_any_number_of_keys(fn, rewriting):
     torch.testing.assert_close(got, fn(q, k8, v8, s0, s1))
 
 
-def test_half_types(compare):
-    report = compare(by_library, *operands(2, torch.bfloat16), fused=1, tolerance=2e-2)
-    assert attention_of(report).args[1].meta["val"].dtype == torch.int8
+def rounded_to_half(q, k8, v8, s0, s1):
+    """in float32, rounded once to the model's dtype"""
+    k, v = ((x.float() * s.float()).to(q.dtype) for x, s in ((k8, s0), (v8, s1)))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+@pytest.mark.parametrize("fn", [by_library, rounded_to_half])
+def test_half_types(fn, compare):
+    report = compare(fn, *operands(2, torch.bfloat16), fused=1, tolerance=2e-2)
+    assert [a.meta["val"].dtype for a in attention_of(report).args[1:3]] == [torch.int8] * 2
+
+
+def test_a_cast_down_of_floats_is_the_models(compare):
+    q, k, v = (torch.randn(B, H, n, D) for n in (T, S, S))
+    report = compare(lambda q, k, v: F.scaled_dot_product_attention(q.half(), (k * 2).half(), (v * 2).half()), q, k, v, fused=1, tolerance=1e-3)
+    assert [a.meta["val"].dtype for a in attention_of(report).args[1:3]] == [torch.float16] * 2
 
 
 def test_keys_or_values_alone(compare):

@@ -1,0 +1,98 @@
+"""Triton attention over int8 keys and values, and with a factor of the weights: interpreted against the definition, and compiled ahead of time."""
+import functools
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Triton target needs triton")
+
+from tileweld.codegen.triton.attention import emit  # noqa: E402
+from tileweld.compiler.errors import UnsupportedError  # noqa: E402
+from tileweld.compiler.ir.attention import Variant, empty_output, integer_captures, reference  # noqa: E402
+from tileweld.compiler.kernels_table import table  # noqa: E402
+from tileweld.runtime.interpret import interpreted_entry  # noqa: E402
+
+I8, F32, F16, BF16 = torch.int8, torch.float32, torch.float16, torch.bfloat16
+#: relative to the largest output; fp16's and bf16's weights are computed in fp32 by the interpreter, and the output is rounded
+TOLERANCE = {F32: 5e-6, F16: 1e-3, BF16: 8e-3}
+SCALED = {"score": "0.25*(s*c0[b, floordiv(h, 2), j])", "value": "c1[b, floordiv(h, 2), j]"}
+
+
+def run(texts, captures, *, dtype=F32, k=I8, v=I8, B=2, H=4, Hk=2, Tq=5, Tk=70, D=16, Dv=16):
+    def made(dtype, *shape):
+        return torch.randint(-127, 128, shape, dtype=I8) if dtype == I8 else torch.randn(shape).to(dtype)
+
+    q, keys, values = made(dtype, B, H, Tq, D), made(k, B, Hk, Tk, D), made(v, B, Hk, Tk, Dv)
+    variant = Variant(**{"fill": -math.inf, **texts}, integer_captures=integer_captures(captures))
+    kernel = emit(variant, q_dtype=dtype, k_dtype=k, v_dtype=v, capture_dtypes=[c.dtype for c in captures], capture_ranks=[c.dim() for c in captures], head_dim=D, value_dim=Dv)
+    out = empty_output(q, Dv).fill_(7)
+    interpreted_entry(kernel.name, kernel.source, kernel.entry)([out, q, keys, values, *captures], [])
+    expected = reference(q.double(), *(x if x.dtype == I8 else x.double() for x in (keys, values)), [c.double() if c.is_floating_point() else c for c in captures], [], variant)
+    assert torch.equal(out.isnan(), expected.isnan())
+    scale = expected.nan_to_num().abs().max().clamp(min=1e-6)
+    torch.testing.assert_close(out.double() / scale, expected / scale, rtol=0, atol=TOLERANCE[dtype], equal_nan=True)
+
+
+def scales(Tk=70, B=2, Hk=2):
+    return [torch.rand(B, Hk, Tk) / 60, torch.rand(B, Hk, Tk) / 60]
+
+
+@pytest.mark.parametrize("Tq", [1, 5, 70])  # decode, split over programs; prefill
+@pytest.mark.parametrize("rest", [dict(), dict(mask="j <= i + 3"), dict(mask="(j <= i) & (c2[b, j] != 0)", fill=-1e9), dict(mask="j < i", empty="zero"), dict(sink="0.5")], ids=str)
+def test_scales_of_tokens(rest, Tq):
+    keep = torch.ones(2, 70, dtype=torch.bool)
+    keep[0, :40] = False
+    run(SCALED | rest, [*scales(), *([keep] if "c2" in rest.get("mask", "") else [])], Tq=Tq)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("Tq", [1, 70])
+def test_half_types(dtype, Tq):
+    run(SCALED, scales(), dtype=dtype, Tq=Tq)
+
+
+def test_small_scales_do_not_vanish_in_fp16():
+    """p * scale is 1e-6 here: a subnormal of fp16, whose source therefore multiplies int8 values in bf16, which holds them exactly."""
+    captures = scales()
+    captures[1] *= 1e-2
+    run(SCALED, captures, dtype=F16)
+    source = emit(Variant(**SCALED), q_dtype=F16, k_dtype=I8, v_dtype=I8, capture_dtypes=[F32] * 2, capture_ranks=[3, 3], head_dim=64, value_dim=64).source
+    assert "v0.to(tl.bfloat16 if q0.dtype == tl.float16 else q0.dtype)" in source
+
+
+@pytest.mark.parametrize(("D", "Dv"), [(33, 20), (80, 64), (128, 16)])
+def test_head_dims(D, Dv):
+    for Tq in (1, 20):
+        run(SCALED, scales(), Tq=Tq, D=D, Dv=Dv)
+
+
+def test_keys_or_values_alone_and_other_factors():
+    for Tq in (1, 70):
+        run({"score": SCALED["score"]}, scales()[:1], v=F32, Tq=Tq)
+        run({"score": "0.2*s", "value": "c0[b, floordiv(h, 2), j]"}, scales()[:1], k=F32, Tq=Tq)
+        run({"score": "0.2*s", "value": "c0[h, i, j] - 1"}, [torch.randn(4, Tq, 70)], k=F32, v=F32, Tq=Tq)
+        run({"score": "0.2*s", "mask": "j <= i + 2", "value": "1 + 0.01*(i - j) + c0[h]"}, [torch.randn(4)], k=F32, v=F32, Tq=Tq)
+        run({"score": "0.2*s", "value": "2.5"}, [], k=F32, v=F32, Tq=Tq)
+
+
+def test_refusals():
+    for wrong in ({"k_dtype": torch.int16}, {"v_dtype": F16}):
+        with pytest.raises(UnsupportedError, match="no Triton attention kernel for q of torch.float32 and"):
+            emit(Variant(), q_dtype=F32, head_dim=16, value_dim=16, **wrong)
+
+
+@functools.cache
+def compiled(arch, dtype, dim):
+    made = emit(Variant(SCALED["score"], "j <= i", value=SCALED["value"]), q_dtype=dtype, k_dtype=I8, v_dtype=I8, capture_dtypes=[F32] * 2, capture_ranks=[3, 3], head_dim=dim, value_dim=dim)
+    return {row.kernel: row for row in table([made], [arch])}
+
+
+@pytest.mark.parametrize(("arch", "dtype", "matmul"), [("sm_80", F16, "mma"), ("sm_90", BF16, "wgmma"), ("sm_100", BF16, "tcgen05"), ("gfx942", BF16, "mfma")])
+def test_ahead_of_time(arch, dtype, matmul):
+    """Compiled for GPUs that are not here: the default tiles fit, the prefill uses the matrix units. Spills: none but one register of 256 on gfx942, two of tensor memory's on sm_100."""
+    for dim in (64, 128):
+        for name, row in compiled(arch, dtype, dim).items():
+            assert row.result is not None, row.error
+            assert row.result.fits and (row.result.spills <= {"sm_100": 8, "gfx942": 1}.get(arch, 0)), (dim, name, row.result)
+        assert compiled(arch, dtype, dim)["attention_kernel"].result.matmul == matmul
