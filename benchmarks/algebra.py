@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import gqa
 import torch
 import typer
 from harness import interleaved, machine, relative_error, show, store
@@ -97,6 +98,8 @@ def _watching() -> dict[str, Callable[[], torch.Tensor]]:
 
 CASES = {
     "lora": Case("LoRA-merged decode, one token over 512 cached", _lora, {"eager": 1.15}),
+    "gqa_decode": Case("the attention op of a decode step, 16 -> 4 KV heads of 64, 4096 cached (33.6 -> 8.4 MB of keys and values)", gqa.attention, {"tileweld" + gqa.OLD: 1.5}),
+    "gqa_decode_block": Case("the whole block of that step, 1024 wide", gqa.block, {}),
     "watching": Case("1000 watched weights", _watching, {}),
 }
 
