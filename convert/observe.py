@@ -60,11 +60,17 @@ def calibration_inputs(model: nn.Module, calibration: Tensor | Mapping[str, Tens
         raise ConversionError(f"calibration is a {type(calibration).__name__}", cure="pass tokens [B, T] int64, or the model's keyword arguments as a dict of tensors")
     if len({x.shape[:1] for x in calibration.values()}) > 1:
         raise ConversionError("calibration has tensors of different batch sizes: " + ", ".join(f"{n} {[*x.shape]}" for n, x in calibration.items()))
+    where, embedding = embedding_of(model)
+    if away := next((n for n, x in calibration.items() if x.device != embedding.weight.device), None):
+        raise ConversionError(f"calibration's {away} is on {calibration[away].device}, the embedding on {embedding.weight.device}", where=where,
+                              cure=f"move every tensor with .to({str(embedding.weight.device)!r})")
     if "input_ids" in calibration:
         _check_tokens(model, calibration["input_ids"])
     mask = calibration.get("attention_mask")
-    keep = mask.bool() if mask is not None and mask.ndim == 2 else None
     main = calibration.get("input_ids", next(iter(calibration.values())))
+    if mask is not None and mask.ndim == 2 and mask.shape != main.shape[:2]:
+        raise ConversionError(f"calibration's attention_mask has shape {[*mask.shape]}, expected {[*main.shape[:2]]}, True or 1 where a token is no padding", where=where)
+    keep = mask.bool() if mask is not None and mask.ndim == 2 else None
     return Inputs(kwargs=calibration, keep=keep, tokens=int(keep.sum()) if keep is not None else main.shape[0] * main.shape[1])
 
 

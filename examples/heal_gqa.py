@@ -10,6 +10,7 @@ Source: Ainslie et al., GQA, arXiv 2305.13245, which spends 5 % of the original 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -39,10 +40,10 @@ def main() -> int:
 
     model, tokenizer = demo.load("sdpa")
     rows, held_out = stretches(tokenizer, 400 * 128 // chosen.length, 8, chosen.length)
-    print(f"original   loss {loss_on(model, held_out):.3f}")
+    print(f"original   {on_held_out(model, held_out)}")
     report = to_gqa(model, chosen.kv_heads, rows[:: max(1, len(rows) // 16)][:16], method=chosen.method)
     print(report.summary())
-    print(f"converted  loss {loss_on(model, held_out):.3f}", flush=True)
+    print(f"converted  {on_held_out(model, held_out)}", flush=True)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.rate, betas=(0.9, 0.95), weight_decay=0.0)
     warm = max(1, chosen.steps // 10)
@@ -60,19 +61,20 @@ def main() -> int:
         if step % 10 == 0 or step == chosen.steps:
             print(f"step {step:4d}  training loss {loss.item():.3f}  {(time.perf_counter() - started) / step:.2f} s a step", flush=True)
     model.eval()
-    print(f"healed     loss {loss_on(model, held_out):.3f}")
+    print(f"healed     {on_held_out(model, held_out)}")
     if chosen.save:
         model.save_pretrained(chosen.save)
         tokenizer.save_pretrained(chosen.save)
     return 0
 
 
-def loss_on(model, rows) -> float:
-    """Mean cross entropy of the next token, in nats; rows [N, T]."""
+def on_held_out(model, rows) -> str:
+    """Mean cross entropy of the next token, in nats, and perplexity, its exponential; rows [N, T]."""
     import torch
 
     with torch.no_grad():
-        return model(input_ids=rows, labels=rows, use_cache=False).loss.item()
+        loss = model(input_ids=rows, labels=rows, use_cache=False).loss.item()
+    return f"loss {loss:.3f}  perplexity {math.exp(loss):.1f}"
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ def test_an_unknown_method_lists_what_exists():
     (tokens()[0], "shape"), (tokens()[:, :1], "shape"), (tokens()[:0], "shape"), (tokens().float(), "float32"), (tokens().to("meta"), "meta"),
     (tokens() + 100, "100|rows"), (-1 - tokens(), "rows"), ("text", "str"), ({}, "dict"), ({"tokens": "x"}, "dict"),
     ({"input_ids": tokens(), "attention_mask": torch.ones(3, 12)}, "batch"),
+    ({"input_ids": tokens(), "attention_mask": torch.ones(4, 12, device="meta")}, "attention_mask is on meta"), ({"input_ids": tokens().to("meta")}, "on meta"),
+    ({"input_ids": tokens(), "attention_mask": torch.ones(4, 11)}, "attention_mask has shape"),
 ])
 def test_calibration_that_does_not_fit(calibration, match):
     error = refused(Model(), 2, calibration, match=match)
@@ -170,6 +172,11 @@ def test_weights_that_are_no_plain_floats():
     model.layers[0].v_proj.weight = nn.Parameter(torch.zeros(8, 24, dtype=torch.float64))
     assert refused(model, 2, tokens(), match="sharded").where == "layers.0.v_proj"
 
+    model = Model()
+    q = torch.quantize_per_tensor(torch.zeros(16, 24), 0.1, 0, torch.qint8)
+    model.layers[1].v_proj.weight = nn.Parameter(q, requires_grad=False)
+    assert refused_quantised(model).where == "layers.1.v_proj"
+
     class Quantised(nn.Linear):
         pass
 
@@ -179,6 +186,39 @@ def test_weights_that_are_no_plain_floats():
     model = Model()
     model.layers[0].q_proj = nn.Linear(24, 16, bias=False, device="meta")
     assert refused(model, 2, tokens(), match="meta").where == "layers.0.q_proj"
+
+
+def refused_quantised(model):
+    """As `refused`; torch cannot compare quantised tensors with NaN's rules, so they are compared dequantised."""
+    with pytest.raises(ConversionError, match="qint8") as caught:
+        convert.to_gqa(model, 2, tokens())
+    return caught.value
+
+
+@pytest.fixture
+def one_process():
+    """A process group of one, for sharded tensors; destroyed afterwards."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_sharded_weights(one_process):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = Model()
+    old = {n: p.detach().clone() for n, p in model.named_parameters()}
+    linear = model.layers[1].k_proj
+    linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), one_process, [Shard(0)]))
+    for convert_it in (lambda: convert.to_gqa(model, 2, tokens()), lambda: convert.prune(model)):
+        with pytest.raises(ConversionError, match="DTensor") as caught:
+            convert_it()
+        assert caught.value.where == "layers.1.k_proj" and "gather" in caught.value.cure
+        assert all(torch.equal(p.full_tensor() if p is linear.weight else p, old[n]) for n, p in model.named_parameters())
 
 
 def test_numbers_that_are_not_finite():
