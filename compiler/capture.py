@@ -116,11 +116,22 @@ def capture(gm: GraphModule, example_inputs) -> GraphModule:
         node.meta["is_weight"] = isinstance(example, torch.nn.Parameter)
         node.meta["is_static"] = node.meta["is_weight"] or getattr(example, "_dynamo_static_input_type", None) is not None  # a module's buffer, or torch._dynamo.mark_static_address
         node.meta["requires_grad"] = isinstance(example, torch.Tensor) and example.requires_grad
+    captured.meta["promised_sizes"] = _promised(mode)
     make_explicit(captured.graph)
     captured.graph.eliminate_dead_code()
     captured.recompile()
     log.get("capture").debug("captured %d nodes", len(captured.graph.nodes))
     return captured
+
+
+def _promised(mode: FakeTensorMode) -> frozenset:
+    """Shape symbols whose range the user has given (mark_dynamic with min or max): a guard that is narrower would be an error."""
+    found = set()
+    for tracked in getattr(mode.shape_env, "tracked_fakes", None) or ():
+        for n, constraint in zip(getattr(tracked.fake, "shape", ()), getattr(tracked.symbolic_context, "constraint_sizes", ()) or ()):
+            if isinstance(n, torch.SymInt) and type(constraint).__name__ == "StrictMinMaxConstraint":
+                found |= n.node.expr.free_symbols
+    return frozenset(found)
 
 
 @contextlib.contextmanager

@@ -24,8 +24,8 @@ import torch
 from torch.fx import Graph, Node
 
 from ..compiler.ir import scalar as sc
-from ..compiler.ir.association import CPU, Machine, Operand, Plan, Product, Tree, equation, plans
-from ..compiler.ir.association_choice import SQ, TK, B, Chosen, choose, guard, hints_of, in_words
+from ..compiler.ir.association import CPU, Machine, Operand, Plan, Product, Tree, equation, order, plans, together
+from ..compiler.ir.association_choice import SQ, TK, B, Chosen, choose, guard, hints_of, in_words, promised
 from ..compiler.ir.association_trace import E, Piece, bias_view, tensor_view, trace, weight_view
 from ..compiler.ir.attention import variant_of
 from ..compiler.ir.graph import insert, is_call, op_name, shape, value
@@ -94,23 +94,26 @@ def _at(graph: Graph, node: Node, fold: bool) -> Match | Kept:
     if len(hints) < len(symbols):  # a size that the data decide
         raise NotThePattern
     products = _products(region, fold)
-    naive, candidates = _candidates(region, plans(products))
+    naive = together([order(p, _written(p)) for p in products])
+    candidates = [naive, *_buildable(region, plans(products))]
     if barrier := _barrier(region):  # then the keys cannot move, and the question is whether anything is lost by it
-        alone = [p for p in plans(products) if _moves(region, p)[1:] == (True,) * (len(products) - len(region.k))]
+        alone = [p for p in plans(products) if all(_moves(region, p)[len(region.k):])]
         if alone and choose([naive, *alone], machine, region.sizes, hints).plan is not naive:
             raise Refused(*barrier)
     chosen = choose(candidates, machine, region.sizes, hints)
     if chosen.plan is naive:
         guard(graph, (q, k, v), chosen, candidates, machine, region.sizes)
-        return Kept(node, _words(chosen, naive))
+        return Kept(node, _words(graph, chosen, naive))
     _check(graph, region, chosen.plan)
     guard(graph, (q, k, v), chosen, candidates, machine, region.sizes)
-    inputs = tuple(dict.fromkeys([p.node for p in (*region.q, *region.k, *region.v)] + list(node.args[3])))
-    return Match(node, inputs, lambda graph: _build(graph, region, chosen.plan), _words(chosen, naive))
+    inputs = tuple(dict.fromkeys([p.node for p in (*region.q, *region.k, *region.v) if not p.zero] + list(node.args[3])))
+    return Match(node, inputs, lambda graph: _build(graph, region, chosen.plan), _words(graph, chosen, naive))
 
 
-def _words(chosen: Chosen, naive: Plan) -> str:
+def _words(graph: Graph, chosen: Chosen, naive: Plan) -> str:
     text = in_words(chosen.plan, naive)
+    if promised(graph) & set(chosen.symbols):
+        return text + "; not guarded: mark_dynamic promises a range"
     if chosen.bounds is None:
         return text
     symbol, low, high = chosen.bounds
@@ -131,7 +134,7 @@ def _products(region: _Region, fold: bool) -> tuple[Product, ...]:
         if region.free(p):
             if (x := region.queries.get(p)) is not None:
                 sizes["m"] = x.width
-                query = (Operand("x", ("b", "i", "m"), "activation"), Operand("Wq", ("h", "d", "m"), "constant"))
+                query = (Operand("x", ("b", "i", "m"), "activation"), Operand("Wq", ("h", "d", "m") if x.factor.row.has(sc.H) else ("d", "m"), "constant"))
             key = (*_constant("Wk", p, sizes), Operand("c", ("b", "j", "l") if p.factor.row is not None else ("b", "j", "d"), "cached"))
         else:
             key = (Operand("k", ("b", "j", "d") if not p.by_head() else ("b", "h", "j", "d"), "cached"),)
@@ -169,9 +172,18 @@ def _moves(region: _Region, plan: Plan) -> tuple:
     return tuple(result)
 
 
-def _candidates(region: _Region, everything: tuple[Plan, ...]) -> tuple[Plan, list[Plan]]:
-    """(the order as written, the orders that can be built, that one first). Keys and values of one product with a constant move together: its other half would still be computed."""
-    naive, found = None, []
+def _written(product: Product):
+    """The order in which the model multiplies: queries and keys first, each by its constant."""
+    names = [x.name for x in product.operands]
+    if names[0] == "P":
+        return "P", ("c", "Wv")
+    query, key = (("x", "Wq") if "x" in names else "q"), (("Wk", "c") if "c" in names else "k")
+    return query, key
+
+
+def _buildable(region: _Region, everything: tuple[Plan, ...]) -> list[Plan]:
+    """Other orders that can be built. Keys and values of one product with a constant move together: its other half would still be computed."""
+    found = []
     for plan in everything:
         moves = _moves(region, plan)
         groups: dict = {}
@@ -186,17 +198,13 @@ def _candidates(region: _Region, everything: tuple[Plan, ...]) -> tuple[Plan, li
             continue
         keys = [m for p, m in zip(region.k, moves) if region.free(p)]
         if not any(moves):
-            if naive is None or plan.cost.flops != naive.cost.flops and (plan.cost.flops - naive.cost.flops).as_coeff_Mul()[0] < 0:
-                naive = plan
             continue
         if any(keys) and (not all(keys) or any(p.by_head() and not region.free(p) and not p.zero for p in region.k) or sum(p.width for p in region.k) > MAX_WIDTH):
             continue
         if any(moves[len(region.k):]) and (sum(not p.zero for p in region.v) != 1 or region.v[0].zero or region.v[0].width > MAX_WIDTH):
             continue
         found.append(plan)
-    if naive is None:
-        raise NotThePattern
-    return naive, [naive, *found]
+    return found
 
 
 # ---------------------------------------------------------------- legality

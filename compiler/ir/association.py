@@ -277,9 +277,28 @@ def _add(found: list, cost: tuple, tree: Tree) -> None:
     found.append((cost, tree))
 
 
+def order(product: Product, nested) -> Plan:
+    """The plan of one given order: operand names nested in pairs, (("x", "W"), "c")."""
+    counting, operands = _Counting(product), {x.name: leaf(x) for x in product.operands}
+
+    def build(part, is_root: bool = False):
+        if isinstance(part, str):
+            return (counting.ring.zero,) * 4, operands[part]
+        (a, left), (b, right) = map(build, part)
+        tree = contracted(product, left, right)
+        return tuple(x + y + z for x, y, z in zip(a, b, counting.step(tree, is_root))), tree
+
+    return _plan(*build(nested, True))
+
+
+def together(parts: Sequence[Plan]) -> Plan:
+    """The plan of a region from those of its products."""
+    return Plan(tuple(p.trees[0] for p in parts), functools.reduce(Cost.__add__, (p.cost for p in parts), Cost()))
+
+
 def plans(products: Sequence[Product]) -> tuple[Plan, ...]:
     """Plans of a region of several products: one order for each."""
-    return tuple(Plan(tuple(p.trees[0] for p in combination), functools.reduce(Cost.__add__, (p.cost for p in combination), Cost())) for combination in itertools.product(*map(orders, products)))
+    return tuple(map(together, itertools.product(*map(orders, products))))
 
 
 def everything(product: Product) -> list[Plan]:

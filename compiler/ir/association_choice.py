@@ -68,7 +68,7 @@ def _last(holds: Callable[[int], bool], start: int, end: int) -> int:
 
 def guard(graph: Graph, nodes: Sequence[Node], chosen: Chosen, candidates: Sequence[Plan], machine: Machine, sizes: dict) -> None:
     """Make torch hold what the choice rests on: comparisons of SymInts, whose results its shape environment remembers as guards."""
-    if not chosen.symbols or len(candidates) == 1:
+    if not chosen.symbols or len(candidates) == 1 or promised(graph) & set(chosen.symbols):
         return
     known = symints(graph, nodes, chosen.symbols)
     if chosen.bounds is not None:
@@ -85,6 +85,12 @@ def guard(graph: Graph, nodes: Sequence[Node], chosen: Chosen, candidates: Seque
     for other in candidates:
         if other is not chosen.plan:
             bool(_work(chosen.plan, other, machine, numbers) <= _work(other, chosen.plan, machine, numbers))
+
+
+def promised(graph: Graph) -> frozenset:
+    """Shape symbols whose range the user gave, so that no guard may narrow it: the choice at the present size then serves all of them. See capture.py."""
+    module = graph.owning_module
+    return module.meta.get("promised_sizes", frozenset()) if module is not None else frozenset()
 
 
 def _work(plan: Plan, other: Plan, machine: Machine, numbers: Sequence):

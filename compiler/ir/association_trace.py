@@ -28,6 +28,7 @@ from .weights import is_constant
 aten = torch.ops.aten
 E = Symbol("e", integer=True, nonnegative=True)  # the place within a piece
 MAX_STEPS = 64
+PADS = (aten.pad.default, aten.constant_pad_nd.default)
 CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default)
 
 
@@ -91,7 +92,7 @@ def _walk(lift: Lift, node: Node, index, start: int, stop: int, inside: tuple[No
     for _ in range(MAX_STEPS):
         target = node.target if node.op == "call_function" else None
         try:
-            if target in (aten.cat.default, aten.slice_scatter.default, aten.constant_pad_nd.default):
+            if target in (aten.cat.default, aten.slice_scatter.default, *PADS):
                 parts = _split(lift, node, index) or ()
                 found = [piece for source, at, low, high in parts for piece in _part(lift, source, at, low, high, start, (*inside, node))]
                 if any(piece.factor is not None or piece.zero for piece in found):  # else a cat like any other: of the halves of a rotated key
@@ -118,8 +119,9 @@ def _walk(lift: Lift, node: Node, index, start: int, stop: int, inside: tuple[No
 def _split(lift, node, index) -> list | None:
     """Where a cat or a write splits the head dim: (source, index, first, end) with first and end places of this piece; None where it runs over another dim."""
     extent = int(lift.ranges[E][1]) + 1
-    if node.target is aten.constant_pad_nd.default:
-        if argument(node, 2, "value", 0) != 0 or len(node.args[1]) != 2 or node.args[1][0] != 0:
+    if node.target in PADS:
+        how = [argument(node, 2, "mode", "constant"), argument(node, 3, "value")] if node.target is aten.pad.default else ["constant", argument(node, 2, "value", 0)]
+        if how[0] != "constant" or how[1] not in (None, 0) or len(node.args[1]) != 2 or node.args[1][0] != 0:
             return None
         dim = len(index) - 1
         spans = [(node.args[0], 0, shape(node.args[0])[dim]), (None, shape(node.args[0])[dim], shape(node)[dim])]

@@ -15,7 +15,7 @@ LANGUAGE_MODELS = [name for name in NAMES if models.load(name).CAUSAL_INPUT is n
 COMPILED = [(name, "") for name in NAMES] + [
     ("alibi", "distance"), ("annotated_mha", "keep_weights"), ("deepseek_mla", "split_logits"), ("llama_gqa", "mha"), ("mpt_mha", "mqa"),
     ("mpt_mha", "plain")]
-CACHED = ["llama_gqa", "deepseek_mla"]
+CACHED = ["llama_gqa", "deepseek_mla", "collaborative"]
 
 
 def make(name: str, label: str = "", **overrides):
@@ -30,7 +30,7 @@ def fresh_dynamo():
 
 def test_every_asked_for_architecture_is_there():
     assert set(NAMES) == {
-        "alibi", "annotated_mha", "bigbird", "deepseek_mla", "dilated", "gemma2", "gpt_oss_sinks", "llama_gqa", "longformer", "minigpt", "mpt_mha",
+        "alibi", "annotated_mha", "bigbird", "collaborative", "deepseek_mla", "dilated", "gemma2", "gpt_oss_sinks", "llama_gqa", "longformer", "mfa", "minigpt", "mpt_mha",
         "t5_bias"}
 
 
@@ -73,8 +73,8 @@ def test_variants_do_something(name, label):
     module, model = make(name, label)
     other, inputs = module.build(), module.example_inputs()
     same = (model(*inputs) - other(*inputs)).abs().max() < 1e-4
-    # these two are other spellings of the same function; all others must differ
-    assert same == ((name, label) in {("deepseek_mla", "split_logits"), ("alibi", "distance")})
+    # these are other spellings of the same function; all others must differ
+    assert same == ((name, label) in {("deepseek_mla", "split_logits"), ("alibi", "distance"), ("collaborative", "queries")})
 
 
 @pytest.mark.parametrize("name, label", [case for case in CASES if case[0] in LANGUAGE_MODELS])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tileweld.compiler.ir.association import CPU, Machine, Operand, Product, best_somewhere, cheapest, crossover, dominates, evaluate, everything, leaf, orders, plans
+from tileweld.compiler.ir.association import CPU, Machine, Operand, Product, best_somewhere, cheapest, crossover, dominates, evaluate, everything, leaf, order, orders, plans
 
 SQ, C = sympy.symbols("Sq C", positive=True)
 COMPUTE, MEMORY = Machine(1, 1 << 60), Machine(1 << 60, 1)
@@ -193,6 +193,11 @@ def test_tensors_of_queries_and_keys_stay_in_their_kernel():
     free = everything(dataclasses.replace(values, together=frozenset()))
     assert {str(p) for p in everything(values)} < {str(p) for p in free} and "((P W_UV) W_O) c" in {str(p) for p in free}
     assert all(not {"i", "j"} <= set(node.indices) for p in everything(values) for node in p.trees[0].nodes())
+
+
+def test_a_given_order_costs_what_the_enumeration_says():
+    product = mla()[0]
+    assert order(product, (("x", "W_UQ"), ("W_UK", "c"))).cost == next(p.cost for p in everything(product) if str(p) == "(x W_UQ) (W_UK c)")
 
 
 def test_dominance_needs_every_coefficient():
