@@ -10,7 +10,7 @@ the prologue's result rounded to that dtype, as the separate ops would; all else
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -206,9 +206,11 @@ def _types(text, x_dtype, weight_dtypes, capture_dtypes, capture_ranks) -> dict[
     return {name: kind(name) for name in text.parameters}
 
 
-def _call(text: LinearText, kernel: str) -> str:
-    """The arguments of a launch, from what the host function has at hand."""
+def _call(text: LinearText, kernel: str, known: Mapping[str, str] = {}) -> str:
+    """The arguments of a launch, from what the host function has at hand; known: of parameters that `linear` has not."""
     def argument(name):
+        if name in known:
+            return known[name]
         if name in ("M", "K", "splits"):
             return name
         if name == "eps":

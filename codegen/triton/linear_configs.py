@@ -43,17 +43,22 @@ _PARTIAL = {"cuda": "t128x64x64w8s3", "ampere": "t128x64x32w8s4", "hip": "t128x6
 _CPU = {"one": "g0x32x64w4s1", "few": "f0x64x16w4s1", "many": "t32x64x32w4s1"}
 
 
-def configs(rows: str, itemsize: int, spread: int, family: str, *, fusable: bool, partial: bool = False) -> tuple[Config, ...]:
+def configs(rows: str, itemsize: int, spread: int, family: str, *, fusable: bool, partial: bool = False, table: str = "", gemv: str | None = None) -> tuple[Config, ...]:
     """The configurations for rows "one" (up to 8), "few" (up to 64) or "many"; the default first.
 
     itemsize: of the dot's dtype, 2 or 4. spread: most accumulators of a program. fusable: can the prologue be in the tiled loop;
     without a prologue the two ways are one. partial: some columns have partners and some have none, which takes registers.
+    table: the configurations as text, in place of those here; gemv: the same in place of the gemv ones.
     """
-    if family == "cpu":
+    if table:
+        text = table
+    elif family == "cpu":
         text = _CPU[rows]
     else:
-        table = {"one": _ONE, "few": _FEW, "many": _MANY}[rows][itemsize]
-        text = table.get(family) or table["cuda"]
+        known = {"one": _ONE, "few": _FEW, "many": _MANY}[rows][itemsize]
+        text = known.get(family) or known["cuda"]
+        if gemv and rows == "one":
+            text = " ".join([gemv, *(item for item in text.split() if item[0] != "g")])
         if partial and rows == "many" and itemsize == 2:
             text = f"{_PARTIAL[family]} {text}"
     found = []

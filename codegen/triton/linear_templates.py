@@ -55,6 +55,7 @@ for k0 in tl.range(k_first, k_last, BLOCK_K):
 TILED = '''
 $head
 $walk
+$scaled
 if SPLIT:
     $store
 else:

@@ -269,13 +269,11 @@ class LinearText:
         return self.deferred and self.fusable
 
     def tiled(self, loop: Loop) -> str:
-        precision = ', input_precision="ieee"' if self.wide else ""
-        cast = ".to(tl.float32)" if self.wide else ""
         products = []
         for n, q, name in loop.each():
             tile = f"tile{n}_{q}"
             products += [f"if EVEN_K:\n    w = tl.load({tile}, mask=j{q} < N, other=0.0)\nelse:\n    w = tl.load({tile}, mask=(j{q} < N) & (k0 + ks < K)[:, None], other=0.0)",
-                         f"{name} = tl.dot(y{cast}, w{cast}, {name}{precision})", f"{tile} += BLOCK_K * tl.cast(stride_wk, INDEX)"]
+                         self.multiply(n, q, name), f"{tile} += BLOCK_K * tl.cast(stride_wk, INDEX)"]
         transform = ["y = x"]
         if self.fusable:
             keep = [] if self.zero_stays else ["    if not EVEN_K:  # there w is 0 and y need not be finite", "        y = tl.where(k < K, y, 0.0)"]
@@ -287,7 +285,19 @@ class LinearText:
         if self.squares and loop is self.loops[0]:
             first = "block_n" if len(loop.groups) == 1 else "block_n + first"
             store += ["if FUSED:", f"    if {first} == 0:  # one column of programs is enough", "        tl.store(squares_ptr + tl.cast(split, tl.int64) * M + rows, sq, mask=rows < M)"]
-        return fill(TILED, head=self.head(loop, True), walk=walk, store=store, finish=self.finish(loop, "FUSED" if self.squares else ""))
+        return fill(TILED, head=self.head(loop, True), walk=walk, scaled=self.scaled(loop), store=store, finish=self.finish(loop, "FUSED" if self.squares else ""))
+
+    def multiply(self, n: int, q: int, name: str) -> str:
+        """Adds the product of the tiles y and w, the columns q of the loop's weight n."""
+        return f"{name} = tl.dot(y.to(tl.float32), w.to(tl.float32), {name}, input_precision=\"ieee\")" if self.wide else f"{name} = tl.dot(y, w, {name})"
+
+    def weight(self, n: int, q: int) -> str:
+        """The tile of weights that gemv multiplies with, in fp32."""
+        return f"w{n}_{q}.to(tl.float32)"
+
+    def scaled(self, loop: Loop) -> list[str]:
+        """What is done to the sums before anything else."""
+        return []
 
     def combine(self, loop: Loop) -> str:
         add = [f"{name} += tl.load({pointer}, mask={mask}, other=0.0)" for name, pointer, mask in self._partials(loop, "share")]
@@ -303,13 +313,13 @@ class LinearText:
             tile, inside = f"v{n}_ptr + columns{q}[:, None] * stride_v{n}n + k * stride_wk", f"(columns{q} < N)[:, None]"
             loads.append(f"if EVEN_K:\n    w{n}_{q} = tl.load({tile}, mask={inside}, other=0.0, eviction_policy=\"evict_first\")\n"
                          f"else:\n    w{n}_{q} = tl.load({tile}, mask={inside} & (k < K), other=0.0, eviction_policy=\"evict_first\")")
-            products.append(f"{name} += y * w{n}_{q}.to(tl.float32)[None, :, :]")
+            products.append(f"{name} += y * ({self.weight(n, q)})[None, :, :]")
         keep = [] if self.zero_stays else ["if not EVEN_K:", "    y = tl.where(k < K, y, 0.0)"]
         x = "x_ptr + i * stride_xm + k.to(INDEX) * stride_xk"
         return fill(GEMV, select=self.select(loop, "{}", base=False), spread=f"BLOCK_N // {loop.spread}", columns=self.columns(loop), statistics=self.statistics(1, x, "(i < M) & (k < K)", "BLOCK_K"),
                     zeros=self.zeros(loop, "[ROWS, WIDTH, BLOCK_K]") + (["sq = tl.zeros([ROWS], tl.float32)"] if self.deferred else []), loads=loads, x=x,
                     squares=["sq += tl.sum(xf * xf, 1)"] if self.deferred else [], transform=self.transformed(self.deferred), keep=keep, products=products,
-                    sums=[f"{name} = tl.sum({name}, 2)" for *_, name in loop.each()], finish=self.finish(loop, "always" if self.deferred else ""))
+                    sums=[*(f"{name} = tl.sum({name}, 2)" for *_, name in loop.each()), *self.scaled(loop)], finish=self.finish(loop, "always" if self.deferred else ""))
 
     def prepare(self) -> str:
         """Rows through the prologue, once for all columns; "" without a prologue."""
@@ -322,13 +332,13 @@ class LinearText:
     def _kernel(self, name: str, what: str, functions: list[str], body: str) -> str:
         self.signatures[name] = used(body, self.parameters)
         self.constants[name] = used(body, CONSTANTS)
-        loose = [f'"{p}"' for p in self.signatures[name] if p in ("M", "splits", "eps") or (p[0] == "n" and p[1:].isdigit())]
+        loose = [f'"{p}"' for p in self.signatures[name] if p in ("M", "splits", "eps", "threshold") or (p[0] == "n" and p[1:].isdigit())]
         arguments = ", ".join([*self.signatures[name], *(f"{c}: tl.constexpr" for c in self.constants[name])])
         return "\n\n".join([*functions, fill(KERNEL, name=name, arguments=arguments, what=what, body=body, loose=", ".join(loose))])
 
     def _looped(self, name: str, what: str, text, count: str) -> str:
         """A kernel whose programs are the tiles of one loop behind those of another; where there are several, each is a function."""
-        splits = ["split = tl.program_id(1)"] if name == "tiled" else []
+        splits = ["split = tl.program_id(1)"] if name == "tiled" and "split" in used("\n".join(map(text, self.loops)), ["split"]) else []
         if len(self.loops) == 1:
             return self._kernel(f"{name}_kernel", what, [], "\n".join(["tile = tl.program_id(0)", *splits, text(self.loops[0])]))
         functions, lines = [], ["tile = tl.program_id(0)", *splits]
@@ -351,4 +361,8 @@ class LinearText:
                               "tl.cdiv(M, BLOCK_M) * {}"),
                 self._looped("combine", "Adds the shares of K in their order and applies the epilogue.", self.combine, "tl.cdiv(M, BLOCK_M) * {}"),
                 self._looped("gemv", "All M <= ROWS rows with BLOCK_N columns; every weight is read once.", self.gemv, "{}")]
-        return "\n\n".join([*(HELPERS[name] for name in sorted(self.helpers)), *filter(None, made)])
+        return "\n\n".join([*self.helper_texts(), *filter(None, made)])
+
+    def helper_texts(self) -> list[str]:
+        """The functions that the printed expressions call."""
+        return [HELPERS[name] for name in sorted(self.helpers)]
