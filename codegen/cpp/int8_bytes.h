@@ -80,7 +80,7 @@ static Step quantise(const float* y, const uint8_t* outlier, int8_t* to, int64_t
         const IntVector bits = bit_cast<IntVector>(load_vector(y + k)) & 0x7fffffff;
         highest = bits > highest ? bits : highest;
         if (outlier != nullptr) {
-            const IntVector inner = __builtin_convertvector(*reinterpret_cast<const ByteVector*>(outlier + k), IntVector) == 0 ? bits : IntVector{};
+            const IntVector inner = load_integers(reinterpret_cast<const int8_t*>(outlier) + k) == 0 ? bits : IntVector{};
             largest = inner > largest ? inner : largest;
         }
     }
@@ -107,7 +107,7 @@ static Step quantise(const float* y, const uint8_t* outlier, int8_t* to, int64_t
         const Vector scaled = load_vector(y + k) / step;  // |.| <= 127 and a rounding
         IntVector t = bit_cast<IntVector>(scaled + ROUND) - bit_cast<int32_t>(ROUND);
         t = t > 127 ? IntVector{} + 127 : t < -127 ? IntVector{} - 127 : t;
-        if (outlier != nullptr) t = __builtin_convertvector(*reinterpret_cast<const ByteVector*>(outlier + k), IntVector) == 0 ? t : IntVector{};
+        if (outlier != nullptr) t = load_integers(reinterpret_cast<const int8_t*>(outlier) + k) == 0 ? t : IntVector{};
         totals += t;
         *reinterpret_cast<ByteVector*>(to + k) = __builtin_convertvector(t, ByteVector);
     }

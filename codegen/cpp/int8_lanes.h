@@ -19,6 +19,7 @@ struct Source {
     const int8_t* q;
     int64_t row;
     bool by_columns() const { return false; }
+    const int8_t* at(int64_t n, int64_t k) const { return q + n * row + k; }
     __attribute__((always_inline)) Vector along(int64_t n, int64_t k, int64_t left) const { return bit_cast<Vector>(as_factors(load_bytes(q + n * row + k, left))); }
     Vector across(int64_t, int64_t, int64_t, int) const { return Vector{}; }
 };

@@ -6,6 +6,7 @@ struct Source {
     Scales scales;
     int64_t group;
     bool by_columns() const { return false; }
+    const int8_t* at(int64_t n, int64_t k) const { return q + n * row + k; }
     __attribute__((always_inline)) Vector along(int64_t n, int64_t k, int64_t left) const {
         const Vector v = gather_vector(q + n * row + k, 1, int(smaller(VL, left)));
         const float* scale = scales.data + n * scales.row;

@@ -100,3 +100,7 @@ INLINE void deliver(const Out& out, int64_t i, int64_t first, int64_t width, con
         for (; j + VL <= width; j += VL) write_vector(to + j, load_vector(results + j));
     for (; j < width; ++j) store_element(to + j * out.column, results[j]);
 }
+INLINE void expect_results(const Out& out, int64_t i, int64_t first, int64_t width) {
+    if (OUT_UNIT || out.column == 1)
+        for (int64_t j = 0; j < width; j += int64_t(64 / sizeof(X))) __builtin_prefetch(out.data + i * out.row + first + j, 1, 2);
+}

@@ -78,7 +78,13 @@ INLINE void store_element(Half* p, float x) {
 INLINE Vector broadcast(float x) { return x - Vector{}; }
 INLINE Vector load_vector(const float* p) { return *reinterpret_cast<const LooseVector*>(p); }
 INLINE Vector load_vector(const BFloat16* p) {
+#if defined(__AVX2__)
+    BitVector x;  // GCC 12 widens AVX-512's in two halves
+    asm("vpmovzxwd %1, %0" : "=v"(x) : "m"(*reinterpret_cast<const ShortVector*>(p)));
+    return bit_cast<Vector>(x << 16);
+#else
     return bit_cast<Vector>(__builtin_convertvector(*reinterpret_cast<const ShortVector*>(p), BitVector) << 16);
+#endif
 }
 INLINE Vector load_vector(const Half* p) {
     Vector x;
@@ -90,15 +96,16 @@ INLINE Vector load_vector(const Half* p) {
     return x;
 #endif
 }
-INLINE Vector load_vector(const int8_t* p) {
-    IntVector x;
-#if defined(__AVX512F__) || defined(__AVX2__)
-    asm("vpmovsxbd %1, %0" : "=v"(x) : "m"(*reinterpret_cast<const ByteVector*>(p)));  // GCC's __builtin_convertvector takes the bytes one by one
+INLINE IntVector load_integers(const int8_t* p) {
+#if defined(__AVX2__)
+    IntVector x;  // GCC 12 takes the bytes apart one by one
+    asm("vpmovsxbd %1, %0" : "=v"(x) : "m"(*reinterpret_cast<const ByteVector*>(p)));
+    return x;
 #else
-    for (int lane = 0; lane < VL; ++lane) x[lane] = p[lane];
+    return __builtin_convertvector(*reinterpret_cast<const ByteVector*>(p), IntVector);
 #endif
-    return __builtin_convertvector(x, Vector);
 }
+INLINE Vector load_vector(const int8_t* p) { return __builtin_convertvector(load_integers(p), Vector); }
 INLINE void store_vector(float* p, Vector x) { *reinterpret_cast<LooseVector*>(p) = x; }
 
 // The upper halves of floats, rounded to nearest even; not for NaN.
