@@ -14,6 +14,7 @@ import sympy
 from torch.fx import GraphModule, Node
 
 from .constants import Constant
+from .folded import Folded
 from .devices import Device
 from .ir.cost import Call, Cost, cost, fused, hints, is_kernel, is_known
 
@@ -136,7 +137,7 @@ class Costs:
                 after.append(one)
             inside |= set(members)
         for node in gm.graph.nodes:
-            if node not in inside and not isinstance(node.target, Constant) and (counted := cost(Call(node))) is not None:
+            if node not in inside and not isinstance(node.target, (Constant, Folded)) and (counted := cost(Call(node))) is not None:
                 kernels.append(counted)
                 self.fallbacks[Call(node).name.replace("aten::", "")] += 1
         return kernels

@@ -30,7 +30,7 @@ def fresh_dynamo():
 
 def test_every_asked_for_architecture_is_there():
     assert set(NAMES) == {
-        "alibi", "annotated_mha", "bigbird", "collaborative", "deepseek_mla", "dilated", "gemma2", "gpt_oss_sinks", "llama_gqa", "longformer", "mfa", "minigpt", "mpt_mha",
+        "alibi", "annotated_mha", "bigbird", "collaborative", "deepseek_mla", "dilated", "gemma2", "gpt_oss_sinks", "llama_gqa", "longformer", "mfa", "minigpt", "mohsa", "mpt_mha",
         "t5_bias"}
 
 
@@ -74,7 +74,7 @@ def test_variants_do_something(name, label):
     other, inputs = module.build(), module.example_inputs()
     same = (model(*inputs) - other(*inputs)).abs().max() < 1e-4
     # these are other spellings of the same function; all others must differ
-    assert same == ((name, label) in {("deepseek_mla", "split_logits"), ("alibi", "distance"), ("collaborative", "queries")})
+    assert same == ((name, label) in {("deepseek_mla", "split_logits"), ("alibi", "distance"), ("collaborative", "queries"), ("mohsa", "padded")})
 
 
 @pytest.mark.parametrize("name, label", [case for case in CASES if case[0] in LANGUAGE_MODELS])
