@@ -82,7 +82,8 @@ def test_default_configurations_fit_and_spill_nothing(arch):
         assert row.kernel == "combine_kernel" or row.result.matmul == ("mfma" if arch == "gfx942" else "mma"), row.result
 
 
-def test_float32_fits_and_spills_nothing():
-    """In float32's own arithmetic, in the shared memory of an A100."""
-    for row in table([absorbed(torch.float32)], ["sm_80"]):
+@pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
+def test_float32_fits_and_spills_nothing(arch):
+    """In float32's own arithmetic, in the shared memory of an A100 and the 64 KiB of an MI300."""
+    for row in table([absorbed(torch.float32)], [arch]):
         assert row.result is not None and row.result.fits and row.result.spills == 0, (row, row.error)
