@@ -56,7 +56,7 @@ def _compile(gm: GraphModule, example_inputs, options, mode, report: Report, bui
 
         compiled = compile_graph(rewritten, example_inputs, finish)
         if key is not None:
-            refused = _not_kept(executables, len(example_inputs), guards, degraded=before["warnings"] or len(report.warnings) > warnings)
+            refused = _not_kept(executables, len(example_inputs), guards, degraded=len(report.warnings) > warnings)
             executable_cache.keep(key, executables, report, before, refused)
         return compiled
     except BaseException:  # also Dynamo's own restarts (it specialises floats and calls again): what was noted did not come to be

@@ -25,6 +25,7 @@ from .labels import label_inputs
 
 OPTIONS = frozenset({"target", "strict", "fold_weights", "passes"})  # those that a pass may answer by looking at weights are not among them
 MODULES = frozenset({"torch", "torch._C", "torch._C._nn", "torch._C._linalg", "torch._C._special", "torch._C._fft", "torch.functional", "torch.nn.functional", "torch.amp.autocast_mode", "_operator", "math"})
+ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 NAMESPACES = ("aten", "prims")
 SOURCES = ("compiler", "passes", "codegen", "runtime")
 
@@ -59,7 +60,7 @@ def graph_text(gm: GraphModule) -> str:
         if node.op == "placeholder":
             lines.append("placeholder")
         elif node.op in ("call_function", "call_method", "output"):
-            target = "output" if node.op == "output" else f"method {_method(node)}" if node.op == "call_method" else _function(node.target)
+            target = "output" if node.op == "output" else f"method {_method(node)}" if node.op == "call_method" else f"attribute {_attribute(node)}" if node.target is getattr else _function(node.target)
             lines.append(f"{target} {_argument(node.args, numbers)} {_argument(node.kwargs, numbers)}")
         else:
             raise NotKept(f"a {node.op} node, {node.target}")
@@ -72,6 +73,12 @@ def _method(node: Node) -> str:
     if not (isinstance(first, Node) and isinstance(first.meta.get("example_value"), torch.Tensor)):
         raise NotKept(f"the method {node.target} of what is no tensor")
     return node.target
+
+
+def _attribute(node: Node) -> str:
+    if len(node.args) != 2 or node.args[1] not in ATTRIBUTES or not isinstance(node.args[0], Node) or not isinstance(node.args[0].meta.get("example_value"), torch.Tensor):
+        raise NotKept(f"the attribute {node.args[1:]}")
+    return node.args[1]
 
 
 def _function(target) -> str:
