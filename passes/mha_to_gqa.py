@@ -30,7 +30,7 @@ from torch.fx import Graph, Node
 from ..compiler.ir import merge_heads as _merge_heads_op  # noqa: F401 (registers the op)
 from ..compiler.ir import scalar as sc
 from ..compiler.ir.attention import variant_of
-from ..compiler.ir.graph import insert, is_call, op_name, shape, value
+from ..compiler.ir.graph import insert, is_call, is_tensor, op_name, shape, value
 from ..compiler.ir.layout import size_node, sizes_of_nodes
 from ..compiler.ir.lift import Lift
 from ..compiler.ir.linear_build import call, rows_of
@@ -40,11 +40,12 @@ from ..compiler.ir.products import late
 from ..compiler.ir.rewrite import Match, NotThePattern, Refusal, Refused
 from ..compiler.ir.unliftable import Unliftable
 from ..compiler.ir.views import VIEWS
-from ..compiler.ir.weights import is_constant, why_trained
+from ..compiler.ir.weights import is_constant, is_weight_input, why_trained
 
 NAME, OPTION = "mha_to_gqa", "gqa"
 aten, tileweld = torch.ops.aten, torch.ops.tileweld
 D = Symbol("d", integer=True, nonnegative=True)
+NORMS = (tileweld.rms_norm.default, aten.layer_norm.default, aten.rms_norm.default, aten.linalg_vector_norm.default, aten.rsqrt.default)
 CONVERT = "tileweld.convert.to_gqa(model, {}) changes the model itself, and with it its cache"
 
 
@@ -127,15 +128,14 @@ def _projection(attention: Node, role: str, node: Node, groups: int) -> Projecti
     lift = Lift({s: (Integer(0), n - 1) for s, n in zip((sc.B, sc.H, sc.J, D), shape(node))})
     e = lift.at(node, symbols)
     cached = CONVERT.format(groups)
-    if not isinstance(e, sc.load):
-        raise Refused(f"{role} are no projection alone, but what {op_name(_behind_views(node))} makes of one: a KV cache, or something between projection and attention", attention, cached)
+    if not isinstance(e, sc.load) or any(is_call(n, *NORMS) for n in _since_projection(node)):
+        raise _between(attention, role, node, cached)
     item = next(n for n, symbol in lift.captures.items() if symbol == e.args[0])
     op = item.args[0] if is_call(item, operator.getitem) else None
     if not is_call(op, tileweld.linear.default):
         if is_call(op, tileweld.int8_linear.default):
             raise Refused(f"the projection of {role} has int8 weights", attention, "merge heads before quantising")
-        raise Refused(f"{role} come from {op_name(item) if item.op == 'call_function' else 'an input of the graph'}, not from a projection: "
-                      "a KV cache holds the heads that it was made for, a norm of queries or keys forbids to turn them", attention, cached)
+        raise _between(attention, role, node, cached)
     batch, rows = shape(node)[0], [sc.B, sc.J]
     wanted = sympy.Add(*(s * n for s, n in zip(rows, (length, Integer(1))))) if batch != 1 else sc.J
     wanted = wanted.xreplace({s: Integer(0) for s, n in zip((sc.B, sc.J), (batch, length)) if n == 1})
@@ -152,10 +152,27 @@ def _projection(attention: Node, role: str, node: Node, groups: int) -> Projecti
     return Projection(role, op, item.args[1], int(heads), int(d), found)
 
 
-def _behind_views(node: Node) -> Node:
-    while node.op == "call_function" and node.target in VIEWS and node.args and isinstance(node.args[0], Node):
+def _since_projection(node: Node) -> list[Node]:
+    """What it is computed by, back to fused matmuls and inputs of the graph."""
+    found, stack = [], [node]
+    while stack:
+        n = stack.pop()
+        if n not in found and not is_call(n, tileweld.linear.default, tileweld.int8_linear.default):
+            found.append(n)
+            stack.extend(a for a in n.all_input_nodes if is_tensor(a) or is_call(a, tileweld.linear.default))
+    return found
+
+
+def _between(attention: Node, role: str, node: Node, cached: str) -> Refused:
+    """Why what is not a projection alone is none."""
+    steps = _since_projection(node)
+    if any(is_call(n, *NORMS) for n in steps):
+        return Refused(f"a norm stands between projection and {role} (QK-norm): such heads cannot be rescaled or turned to fit each other", attention, "QK-norm models are not merged")
+    while steps and node.op == "call_function" and node.target in VIEWS and node.args and isinstance(node.args[0], Node):
         node = node.args[0]
-    return node
+    if role != "queries" and (any(n.op == "placeholder" and not is_weight_input(n) and value(n).dim() == 4 for n in steps) or is_call(node, aten.cat.default, aten.index_put.default, aten.index_copy.default)):
+        return Refused(f"{role} come from {op_name(node) if node.op == 'call_function' else 'an input of the graph'}, not from a projection alone: a KV cache holds the heads that it was made for", attention, cached)
+    return Refused(f"{role} are no projection alone, but what {op_name(node) if node.op == 'call_function' else 'an input'} makes of one", attention, cached)
 
 
 def _readers(node: Node) -> list[tuple[Node, Node]]:

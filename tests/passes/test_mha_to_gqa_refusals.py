@@ -43,6 +43,11 @@ class Norm(Attention):
         return F.rms_norm(k, k.shape[-1:]).transpose(1, 2).flatten(-2)
 
 
+class LengthNorm(Attention):
+    def keys(self, x):
+        return F.normalize(self.heads_of(self.k_proj(x), self.kv_heads), dim=-1).transpose(1, 2).flatten(-2)
+
+
 class Clipped(Attention):
     def keys(self, x):
         return self.k_proj(x).clamp(-0.5, 0.5)
@@ -113,7 +118,7 @@ class Scaled(Attention):
 
 
 @pytest.mark.parametrize(("attention", "match", "rotary"), [
-    (Norm, "keys are no projection alone", "half"), (Clipped, "keys", None), (Twice, "keys", None), (Cross, "different inputs", "half"), (Shared, "shared KV", None),
+    (Norm, "QK-norm", "half"), (Norm, "QK-norm", None), (LengthNorm, "keys are also read by linalg_vector_norm", None), (Clipped, "keys", None), (Twice, "keys", None), (Cross, "different inputs", "half"), (Shared, "shared KV", None),
     (Gated, "output is read by", "half"), (Unprojected, "output is read by", "half"), (ReadTwice, "output is read by", "half"), (Interleaved, "side by side", None),
     (Partial, "part of the head", "half"), (Reflected, "something else than a rotation", "half"), (Scaled, "factors of their own", None)])
 def test_layers_that_do_something_else(attention, match, rotary):
@@ -156,7 +161,7 @@ class Cached(nn.Module):
         return (out, k, v) if self.how != "read" else out
 
 
-@pytest.mark.parametrize(("how", "match"), [("cat", "keys"), ("copied", "keys"), ("leaves", "a KV cache that leaves the graph")])
+@pytest.mark.parametrize(("how", "match"), [("cat", "keys come from cat"), ("copied", "keys"), ("leaves", "a KV cache that leaves the graph")])
 def test_a_kv_cache_keeps_its_heads(how, match):
     x, k, v = torch.randn(1, 3, 24, dtype=torch.float64), *torch.randn(2, 1, 4, 6, 4, dtype=torch.float64)
     (row,) = refused(Cached(how), x, k, v, match=match, cure="tileweld.convert.to_gqa(model, 2)")
