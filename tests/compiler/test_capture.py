@@ -97,3 +97,51 @@ def test_capture_without_a_tracing_context():
 
     gm = torch.fx.symbolic_trace(f)
     assert aten.relu.default in targets(capture.capture(gm, [torch.randn(3)]))
+
+
+def test_aot_says_which_input_was_a_weight():
+    """torch._functorch._aot_autograd.descriptors.PlainAOTInput, the mark _dynamo_static_input_type of buffers."""
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.unused = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(2))
+            self.register_buffer("fixed", torch.randn(4))
+
+        def forward(self, x):
+            return x @ self.w + self.fixed
+
+    found = []
+
+    def backend(gm, example_inputs):
+        def lower(graph, is_backward):
+            found.append(sum("weight" in n.meta for n in graph.graph.find_nodes(op="placeholder")))
+            return graph.forward
+
+        return aot.compile_graph(capture.capture(gm, example_inputs), example_inputs, lower)
+
+    model, x = Model(), torch.randn(3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend)(x).sum().backward()
+    assert found == [2, 0, 0]  # w and fixed in inference; none in the forward and backward of training
+
+
+def test_storages_are_told_apart_and_optimizers_are_heard():
+    """torch.multiprocessing.reductions.StorageWeakRef, UntypedStorage._cdata, torch.optim.optimizer.register_optimizer_step_post_hook."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    p = nn.Parameter(torch.randn(3))
+    reference, identity, heard = StorageWeakRef(p.untyped_storage()), p.untyped_storage()._cdata, []
+    assert p.detach().untyped_storage()._cdata == identity and not reference.expired()
+    p.data = torch.randn(3)
+    assert reference.expired() and p.untyped_storage()._cdata != identity
+    handle = register_optimizer_step_post_hook(lambda optimizer, args, kwargs: heard.append(optimizer))
+    try:
+        p.grad, version = torch.ones(3), p._version
+        optimizer = torch.optim.SGD([p], lr=0.1, fused=True)
+        optimizer.step()
+        assert heard == [optimizer] and p._version == version  # a fused step leaves the version as it is
+    finally:
+        handle.remove()
