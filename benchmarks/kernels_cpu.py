@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from harness import interleaved
 
 from tileweld.codegen.cpp.attention import emit
 from tileweld.compiler.ir.attention import Variant, empty_output, integer_captures
@@ -123,6 +124,40 @@ def run(workload: Workload, rounds: int) -> str:
     return f"{workload.name:32}{cells[0]}   {cells[1]} {workload.torch_does:6} {median(times[1]) / median(times[0]):6.2f}x"
 
 
+#: absorbed multi-head latent attention: B, heads, Tq, Tk, latent, rotary dims, dtype
+LATENT = {
+    "decode, MLA 16 x 576/512": (1, 16, 1, 2048, 512, 64, torch.float32),
+    "decode, MLA 128 x 576/512": (1, 128, 1, 2048, 512, 64, torch.float32),
+    "decode of 4, MLA 16 x 576/512": (1, 16, 4, 2048, 512, 64, torch.float32),
+    "decode, MLA 16, bfloat16": (1, 16, 1, 2048, 512, 64, torch.bfloat16),
+    "prefill 512, MLA 16 x 576/512": (1, 16, 512, 512, 512, 64, torch.float32),
+}
+
+
+def run_latent(name: str, rounds: int) -> list[str]:
+    """Keys in two caches, of which the latent is the values too, and keys in one tensor, against torch's two products and a softmax over the joined one (joined before the clock starts)."""
+    B, H, Tq, Tk, L, R, dtype = LATENT[name]
+    q, latent, rotary = (torch.randn(B, heads, T, width).to(dtype) for heads, T, width in ((H, Tq, L + R), (1, Tk, L), (1, Tk, R)))
+    joined, out, scale = torch.cat([latent, rotary], -1), empty_output(q, L), 0.07
+    kernels = [emit(Variant(f"s*{scale}"), q_dtype=dtype, head_dim=L + R, value_dim=L, key_dims=dims) for dims in ((L, R), (L + R,))]
+    parts, one = (CppLauncher(library, kernel.entry) for library, kernel in zip(compile_cpp([CppUnit(k.name, k.source, k.link_torch) for k in kernels]), kernels))
+
+    def products():
+        rows = q.reshape(B, H * Tq, L + R)
+        return (torch.softmax(torch.bmm(rows, joined[:, 0].transpose(1, 2)) * scale, -1) @ latent[:, 0]).view(B, H, Tq, L)
+
+    contenders = {"two caches": lambda: parts([out, q, latent, rotary, latent]), "one cache": lambda: one([out, q, joined, joined[..., :L]]), "torch, bmm": products}
+    expected = products().float()
+    for launch in (contenders["two caches"], contenders["one cache"]):
+        launch()
+        error = (out.float() - expected).abs().max().item()
+        assert error < (1e-3 if dtype == torch.float32 else 3e-2), f"{name}: kernel and torch differ by {error}"
+    times = interleaved(contenders, rounds, warmup=3)
+    flop, read = 2 * B * H * Tq * Tk * (2 * L + R), B * Tk * (L + R) * dtype.itemsize
+    return [f"{name:32}{t['median_ms']:9.2f} ms {flop / t['median_ms'] / 1e6:6.0f} GFLOP/s {read / t['median_ms'] / 1e6:6.1f} GB/s of the cache   {what}, {times['torch, bmm']['median_ms'] / t['median_ms']:.2f}x"
+            for what, t in times.items()]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="workloads whose name contains this")
@@ -133,6 +168,9 @@ def main():
     for workload in WORKLOADS:
         if arguments.only in workload.name:
             print(run(workload, arguments.rounds), flush=True)
+    for name in LATENT:
+        if arguments.only in name:
+            print("\n".join(run_latent(name, arguments.rounds)), flush=True)
 
 
 if __name__ == "__main__":
