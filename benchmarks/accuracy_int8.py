@@ -30,6 +30,7 @@ ROWS = {
     "llm_int8, threshold 3": ({"scheme": "llm_int8", "threshold": 3.0}, False, False),
     "llm_int8, calibrated columns": ({"scheme": "llm_int8"}, False, True),
 }
+INT8_KV = "int8 KV cache"  # float weights; every key and value is read through tileweld.Int8Cache
 
 
 def changed(model, row: str, calibration, alpha: float):
@@ -51,7 +52,12 @@ def smollm2(chosen) -> None:
     calibration, evaluation = stretches(tokenizer, chosen.calibration, chosen.evaluation)
     base = perplexity(model, evaluation)
     print(f"SmolLM2-135M, perplexity; calibration {calibration.numel()} tokens, evaluation {evaluation.numel()}\n{'float32':30} {base:9.4f}", flush=True)
-    for row in chosen.rows:
+    if INT8_KV in chosen.rows:
+        import tileweld
+
+        found = perplexity(model, evaluation, lambda length: tileweld.Int8Cache(model.config, length))
+        print(f"{INT8_KV:30} {found:9.4f}  {found / base - 1:+8.3%}", flush=True)
+    for row in (row for row in chosen.rows if row != INT8_KV):
         started = time.perf_counter()
         made, sqnr, report = changed(model, row, calibration, chosen.alpha)
         found = perplexity(made, evaluation)
@@ -84,7 +90,7 @@ def minilm(chosen) -> None:
     base = embedded(model)
     print(f"MiniLM-L6-v2, cosine to float32 of {len(even)} passages: least, mean", flush=True)
     for row in chosen.rows:
-        if "head" in row:
+        if "head" in row or row == INT8_KV:
             continue
         try:
             made, sqnr, report = changed(model, row, calibration, chosen.alpha)
@@ -101,7 +107,7 @@ MODELS = {"smollm2": smollm2, "minilm": minilm}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS])
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, INT8_KV], default=[*ROWS, INT8_KV])
     parser.add_argument("--calibration", type=int, default=6, help=f"stretches of {LENGTH} tokens (default 6)")
     parser.add_argument("--evaluation", type=int, default=8, help=f"stretches of {LENGTH} tokens (default 8)")
     parser.add_argument("--alpha", type=float, default=0.5, help="of smooth_ (default 0.5)")

@@ -1,5 +1,5 @@
 """GPU attention forward against SDPA (cuDNN and flash), FlexAttention and Inductor, fused matrix products against Inductor's max-autotune,
-and norms against the bandwidth of a copy: `python benchmarks/gpu.py [--name h200] [--only attention|linear|norms]`.
+norms against the bandwidth of a copy, and int8 products against cuBLAS: `python benchmarks/gpu.py [--name h200] [--only attention|linear|norms|int8]`.
 
 Every case checks numerics first: the error against float64 must not exceed twice that of the fused library kernel (or of eager
 where no library has the variant). Times are medians of triton.testing.do_bench, which empties the L2 cache between runs; the matrix products
@@ -227,6 +227,60 @@ def measure_norm(case: str, width: int) -> dict:
     return row
 
 
+#: scheme -> (activation of tileweld::int8_linear, dtype of x and of what cuBLAS multiplies, rows)
+INT8 = {"weight_only": ("float", torch.bfloat16, (1, 2, 4, 8, 16, 64, 1024, 4096)), "dynamic": ("int8", torch.bfloat16, (16, 256, 2048, 8192)), "llm_int8": ("mixed", torch.float16, (16, 2048, 8192))}
+INT8_WIDTH = 28672  # gate and up together: 117 MB of int8, more than an L2 cache holds
+OUTLIERS, THRESHOLD = 6, 6.0  # columns of x that are 20 times as large, as few of a model's are
+
+
+def measure_int8(scheme: str, rows: int) -> dict:
+    """One row: [rows, WIDTH] to [rows, INT8_WIDTH] by the generated kernels, activations quantised by them, and by cuBLAS in x's dtype.
+
+    The error is that against the definition, whose integers are exact; "against float" says how far int8 is from the float product.
+    """
+    from triton.testing import do_bench_cudagraph
+
+    from tileweld.codegen.triton.int8_linear import emit
+    from tileweld.compiler.ir.int8_linear import quantized, reference
+    from tileweld.compiler.ir.linear import Spec
+    from tileweld.runtime.source_module import load_python_source
+
+    activation, dtype, _ = INT8[scheme]
+    torch.manual_seed(0)
+    x = torch.randn(rows, WIDTH, device="cuda", dtype=dtype)
+    if activation == "mixed":
+        x[:, torch.randperm(WIDTH, device="cuda")[:OUTLIERS]] *= 20
+        x = torch.where(x.abs() < THRESHOLD, x, x.sign() * x.abs().clamp(min=THRESHOLD))
+    weight = (torch.randn(INT8_WIDTH, WIDTH, device="cuda") / WIDTH**0.5).to(dtype)
+    q, scale = quantized(weight)
+    kernel = emit(Spec(), x_dtype=dtype, activation=activation, groups=[1], k=WIDTH, widths=[INT8_WIDTH])
+    launch, out = load_python_source(kernel.name, kernel.source).linear, x.new_empty(rows, INT8_WIDTH)
+    calls = {"tileweld": lambda: launch([out, x, q, scale], [], [0.0, THRESHOLD]), "cublas": lambda: torch.nn.functional.linear(x, weight)}
+    row = {"scheme": scheme, "rows": rows}
+    for name, call in calls.items():
+        try:
+            with torch.no_grad():
+                call()  # also tunes, which a graph's capture cannot
+                row[f"{name} ms"] = do_bench_cudagraph(call, return_mode="median")
+            row[f"{name} TB/s"] = weight.numel() * (1 if name == "tileweld" else 2) / row[f"{name} ms"] / 1e9
+            row[f"{name} TF"] = 2 * weight.numel() * rows / row[f"{name} ms"] / 1e9
+        except Exception as error:  # a contender that cannot run the case is reported, not hidden
+            row[f"{name} failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+    if "tileweld ms" in row:
+        launch([out, x, q, scale], [], [0.0, THRESHOLD])
+        some = min(rows, 32)
+        exact = x[:some].double() @ weight.double().T
+        # the outlier columns are those of all rows: they are given to the definition, which sees some
+        columns = ((x.float().abs() >= THRESHOLD) & x.isfinite()).any(0) if activation == "mixed" else None
+        expected, = reference(x[:some].float(), [q], [scale], [], [], 0.0, Spec(), activation, THRESHOLD, columns)
+        row["tileweld error"] = ((out[:some].double() - expected.double()).norm() / expected.double().norm()).item()
+        row["against float"] = ((out[:some].double() - exact).norm() / exact.norm()).item()
+        row["numerics"] = "ok" if row["tileweld error"] <= (4e-3 if dtype == torch.bfloat16 else 1e-3) else "WRONG"
+    if "tileweld ms" in row and "cublas ms" in row:
+        row["against cublas"] = row["cublas ms"] / row["tileweld ms"]
+    return row
+
+
 def cases(quick: bool):
     tokens = (1024, 4096) if quick else (1024, 2048, 4096, 8192, 16384)
     for width, variant, n in itertools.product((64, 128), VARIANTS, tokens):
@@ -235,7 +289,7 @@ def cases(quick: bool):
         yield "causal", 128, n, 32, 8
 
 
-def main(name: str = "h200", quick: bool = typer.Option(False, help="two lengths a variant"), only: str = typer.Option("", help="attention, linear or norms; all without it")) -> None:
+def main(name: str = "h200", quick: bool = typer.Option(False, help="two lengths a variant"), only: str = typer.Option("", help="attention, linear, norms or int8; all without it")) -> None:
     """Measure every case and store benchmarks/results/NAME.json."""
     described = machine()
     sections = {
@@ -245,6 +299,8 @@ def main(name: str = "h200", quick: bool = typer.Option(False, help="two lengths
                          lambda case, rows: {"case": case, "rows": rows, **{f"{c} ms": None for c in LINEAR_CONTENDERS}}),
         "norms": ("norms", measure_norm, list(itertools.product(NORMS, NORM_WIDTHS)), ["case", "width", "numerics", *[f"{c} GB/s" for c in NORM_CONTENDERS], "of a copy"],
                   lambda case, width: {"case": case, "width": width, **{f"{c} GB/s": None for c in NORM_CONTENDERS}}),
+        "int8_linear": ("int8", measure_int8, [(scheme, rows) for scheme, (*_, all_rows) in INT8.items() for rows in all_rows], ["scheme", "rows", "numerics", "tileweld ms", "cublas ms", "tileweld TB/s", "tileweld TF", "against float", "against cublas"],
+                        lambda scheme, rows: {"scheme": scheme, "rows": rows, "tileweld ms": None, "cublas ms": None}),
     }
     for section, (word, measured, chosen, columns, empty) in sections.items():
         if only not in ("", word):

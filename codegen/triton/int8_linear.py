@@ -49,6 +49,8 @@ _TILES = {
     "few": {"cuda": "t0x64x128w4s4 t0x32x256w4s3 t0x128x128w8s3", "ampere": "t0x64x128w4s3 t0x32x256w4s3 t0x128x128w4s3", "hip": "t0x64x128w4s2 t0x32x128w4s2"},
     "many": {"cuda": "t128x128x128w8s3 t128x256x64w8s3 t64x128x128w4s3", "ampere": "t128x128x64w8s3 t128x64x128w4s3 t64x128x64w4s3", "hip": "t128x128x64w8s2 t64x64x128w4s2"},
 }
+#: its two loops take registers: 128x128x64 spills 8 bytes on sm_80
+_MIXED_AMPERE = "t64x128x64w4s3 t128x128x64w8s3 t128x64x128w4s3"
 _GEMV = {"cuda": "g0x8x1024w4s3 g0x16x512w4s2 g0x4x2048w4s2", "hip": "g0x8x1024w4s2 g0x16x512w4s2"}
 
 
@@ -135,7 +137,8 @@ def _made(text, rows, itemsize, family, is_float, group) -> list[Config]:
     if is_float:
         found = configs(rows, itemsize, spread, family, fusable=text.fusable, partial=any(0 < 2 * loop.half < loop.block for loop in text.loops), gemv=None if family == "cpu" else _GEMV.get(family, _GEMV["cuda"]))
     else:
-        found = configs(rows, 1, spread, family, fusable=False, table="t0x32x32w4s1" if family == "cpu" and rows == "few" else "t32x64x32w4s1" if family == "cpu" else _TILES[rows][family])
+        tiles = {"few": "t0x32x32w4s1", "many": "t32x64x32w4s1"}[rows] if family == "cpu" else _MIXED_AMPERE if (text.activation, rows, family) == ("mixed", "many", "ampere") else _TILES[rows][family]
+        found = configs(rows, 1, spread, family, fusable=False, table=tiles)
     return list(dict.fromkeys(_within(c, group) for c in found))
 
 
