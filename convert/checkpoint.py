@@ -75,6 +75,9 @@ def load_quantized(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     newer version, or of another model: a name, shape or dtype that does not fit.
     """
     header, tensors = _read(Path(path))
+    devices = {t.device for t in (*model.parameters(), *model.buffers())} - {torch.device("meta")}
+    target = devices.pop() if len(devices) == 1 else torch.device("cpu")
+    tensors = {name: tensor.to(target) for name, tensor in tensors.items()}  # before they are shared: module.to() would part them
     for name, other in header["shared"].items():
         if other not in tensors:
             raise _foreign(path, f"{name!r} is said to be {other!r}, which is not in it")
@@ -92,19 +95,17 @@ def load_quantized(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     for name, (module, key) in expected.items():
         if getattr(module, key).shape != tensors[name].shape:
             raise _foreign(path, f"{name} is {[*tensors[name].shape]} in it, {[*getattr(module, key).shape]} in the model")
-    device = {name: getattr(module, key).device for name, (module, key) in expected.items()}
-    target = next((d for d in device.values() if d.type != "meta"), torch.device("cpu"))
     parameters: dict = {}
     for name, (module, key) in expected.items():
-        tensor = tensors[name].to(device[name] if device[name].type != "meta" else target)
+        old, tensor = getattr(module, key), tensors[name]
+        tensor = tensor if old.is_meta else tensor.to(old.device)
         if key in module._parameters:
-            old = module._parameters[key]
             kept = parameters.setdefault(header["shared"].get(name, name), nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point()))
             module._parameters[key] = kept
         else:
             module._buffers[key] = tensor
     for old, new in made.values():
-        _put(model, old, new.to(target).train(old.training))
+        _put(model, old, new.train(old.training))
     return model
 
 

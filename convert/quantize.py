@@ -89,7 +89,9 @@ def quantize_(model: nn.Module, scheme: str | dict = "weight_only", filter_fn: C
         _check(name, module, settings)
     columns = {}
     if calibration is not None:
-        columns = {name: largest >= settings.threshold for name, largest in input_maxima(model, chosen, calibration).items()}
+        for name, largest in input_maxima(model, chosen, calibration).items():  # equal ones are one tensor: what reads one x then fuses into one op
+            found = largest >= settings.threshold
+            columns[name] = next((c for c in columns.values() if c.device == found.device and torch.equal(c, found)), found)
     before, layers = _bytes(model), []
     uses = Counter(map(_key, chosen.values()))
     shared, tied = {key: None for key, count in uses.items() if count > 1}, _embeddings(model, chosen)

@@ -168,10 +168,12 @@ def test_columns_from_calibration_and_batches():
     alone, both = copy.deepcopy(model), copy.deepcopy(model)
     convert.quantize_(alone, "llm_int8")
     report = convert.quantize_(both, "llm_int8", calibration=[IDS[:1], IDS[1:]])
-    assert both.blocks[0].gate.columns.nonzero().flatten().tolist() == [5] and alone.blocks[0].gate.columns is None and "1 outlier columns" in str(report)
+    assert both.blocks[0].gate.columns is both.blocks[0].up.columns and both.blocks[0].gate.columns.nonzero().flatten().tolist() == [5] and alone.blocks[0].gate.columns is None and "1 outlier columns" in str(report)
     one, two = both(IDS)[:1], both(IDS[:1])
     torch.testing.assert_close(one, two)  # batch-invariant
-    same(compiled(both)[0](IDS), both(IDS), "llm_int8")
+    run, report = compiled(both)
+    same(run(IDS), both(IDS), "llm_int8")
+    assert report.counts["int8"] == 4 and not report.refusals  # gate and up in one op
     for wrong, words in (([], "no batches"), (7, "calibration is a int"), (torch.full((1, 4), 60), "lie in 60..60"), ({"tokens": IDS}, "does not run on a batch")):
         before = state(fresh := Model())
         with pytest.raises(ConversionError, match=words):
