@@ -19,7 +19,8 @@ def rotary(x, positions, layout):
 class Block(nn.Module):
     """forward(x [B, Sq, hidden], latents [B, C, L], keys [B, C, R]): the cached tokens come first; returns [B, Sq, hidden].
 
-    broken: "norm" (of the expanded keys), "rotary" (on them), "returned" (they leave), "sink" (one more logit), "gate" (a score that is not linear).
+    broken: "norm" (of the expanded keys), "rotary" (on them), "returned" (they leave), "sink" (one more logit), "gate" (a score that is not linear), "finite" (a fill that leaves weight).
+    bias: of kv_b; "v": of the values alone.
     """
 
     def __init__(self, hidden=24, heads=4, latent=16, nope=15, rope=4, v=15, q_rank=None, bias=False, layout="halves", pad=0, split=False, separate=False, scale=1.0, broken="", own_kv_products=False):
@@ -31,7 +32,7 @@ class Block(nn.Module):
         width = q_rank or hidden
         self.q = nn.ModuleList([nn.Linear(width, heads * nope, bias=False), nn.Linear(width, heads * rope, bias=False)]) if separate else nn.Linear(width, heads * (nope + rope), bias=False)
         self.kv_a = nn.Linear(hidden, latent + rope, bias=False)
-        self.kv_b = nn.ModuleList([nn.Linear(latent, heads * nope, bias=bias), nn.Linear(latent, heads * v, bias=bias)]) if own_kv_products else nn.Linear(latent, heads * (nope + v), bias=bias)
+        self.kv_b = nn.ModuleList([nn.Linear(latent, heads * nope, bias=bias is True), nn.Linear(latent, heads * v, bias=bool(bias))]) if own_kv_products else nn.Linear(latent, heads * (nope + v), bias=bias)
         self.out = nn.Linear(heads * v, hidden, bias=False)
 
     def forward(self, x, latents, keys):
@@ -66,7 +67,7 @@ class Block(nn.Module):
         if self.broken == "gate":
             scores = 5 * torch.tanh(scores / 5)
         causal = torch.arange(past + t) <= positions[:, None]
-        scores = scores.masked_fill(~causal, float("-inf"))
+        scores = scores.masked_fill(~causal, -2e3 if self.broken == "finite" else float("-inf"))
         if self.broken == "sink":
             weights = torch.cat([scores, scores.new_zeros(b, heads, t, 1)], -1).softmax(-1)[..., :-1]
         else:
