@@ -10,6 +10,7 @@ import tempfile
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TILEWELD_EXECUTABLES"] = "0"  # a test is about compiling, whatever an earlier one compiled; tests/compiler/test_executable_cache.py turns it on
 
 _WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if not _WORKER:

@@ -25,6 +25,7 @@ KERNEL_FREE = {"target": "reference"}  # nothing to build: quick
 def _own_cache(tmp_path, monkeypatch):
     """Executables of this test alone; its kernels are built in the folder too."""
     monkeypatch.setenv("TILEWELD_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TILEWELD_EXECUTABLES", "1")
 
 
 def entries():
