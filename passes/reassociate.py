@@ -83,9 +83,10 @@ def _at(graph: Graph, node: Node, fold: bool) -> Match | Kept:
     sizes, heads = shape(q), shape(q)[1]
     if not heads.is_Integer or len({value(x).dtype for x in (q, k, v)}) > 1 or any(shape(x)[1] not in (heads, 1) for x in (k, v)):
         raise NotThePattern
-    region = _Region(node, trace(q, sc.I), trace(k, sc.J), trace(v, sc.J), int(heads), {B: sizes[0], SQ: sizes[2], TK: shape(k)[2]}, {})
+    region = _Region(node, [], trace(k, sc.J), trace(v, sc.J), int(heads), {B: sizes[0], SQ: sizes[2], TK: shape(k)[2]}, {})
     if not region.factors:
         raise NotThePattern
+    region.q = trace(q, sc.I)
     region.queries = {p: x for p in region.k if region.free(p) for x in region.q if (x.start, x.stop) == (p.start, p.stop) and x.factor is not None and x.factor.row is not None and x.factor.bias is None
                       and not x.by_head() and not _outside(region, x)}  # else the product with Wq is computed anyway, for the part with rotary
     machine = GPU.get(value(q).dtype, CPU) if value(q).device.type == "cuda" else CPU

@@ -126,7 +126,10 @@ def in_words(plan: Plan, naive: Plan) -> str:
     if plan is naive:
         return text
     text += f"; as written ({naive}): {naive.cost.flops} FLOPs, {naive.cost.moved} bytes"
-    roots = [r for r in crossover(naive, plan, SQ) if not r.free_symbols - {TK}]
+    try:
+        roots = [r for r in crossover(naive, plan, SQ) if not r.free_symbols - {TK}]
+    except NotImplementedError:  # sympy knows no formula for the root: the choice does not need one
+        roots = []
     if roots:
         (root, *_) = roots
         limit = sympy.limit(root.xreplace({TK: sympy.Symbol("n", positive=True)}), sympy.Symbol("n", positive=True), sympy.oo)
