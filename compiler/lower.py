@@ -80,7 +80,7 @@ def settle(gm: GraphModule, options: Options, report: Report, number: int, timed
         gm = GraphModule(untouched, copy.deepcopy(untouched.graph))
         choices = choose(gm, options, apart)
     report.kernels += [KernelUse("int8_linear", "tileweld:linear", reason, number) if name in allowed else KernelUse("linear", "aten:mm", reason, number) for name, reason in apart.items()]
-    report.int8 += uses(untouched.graph, report.int8_errors, apart, number)
+    report.int8 += uses(untouched.graph, report.int8_errors, apart, number, options.int8 is not None and options.int8.force)
     return gm, choices, launchers
 
 

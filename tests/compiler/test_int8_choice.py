@@ -68,6 +68,7 @@ def test_int8_stays_where_it_is_faster_or_asked_for(timed):
         result, report = run(model, x, int8=options)
         assert (result - wanted).norm() < 0.02 * wanted.norm() and not torch.allclose(result, wanted, rtol=1e-6, atol=1e-7)
         assert all(u.kept and u.bytes_after < 0.26 * u.bytes_before for u in report.int8) and len(report.int8) == 3 and len(asked) == (0 if int8 == 5.0 else 2)
+        assert all((u.reason == "force") == (int8 == 5.0) for u in report.int8)
         assert report.folded_bytes == sum(u.bytes_after for u in report.int8)
 
 
