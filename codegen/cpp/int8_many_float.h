@@ -1,4 +1,4 @@
-// What linear_many.h asks for where weights are int8 and y stays float: a strip is dequantised while it is packed.
+// How linear_many.h reads weights of int8 where y stays float: a strip is dequantised while it is packed.
 
 struct Source {
     const int8_t* q;
@@ -24,8 +24,3 @@ INLINE void with_source(const Call& call, int w, int64_t first, F f) {
     const Scales& scales = call.scale[w];
     f(Source{static_cast<const int8_t*>(weight.data) + first * weight.row, weight.row, {scales.data + first * scales.row, scales.row, scales.column}, GROUP[w]});
 }
-
-constexpr int64_t SHARED = 0, OUTER = 0;
-INLINE void begin_call(const Call&, float*, float*) {}
-INLINE void begin_strip(const Call&, int, int64_t, int64_t, int64_t, const float*, float*) {}
-INLINE void settle(const Call&, int, const float*, float*, int64_t, int64_t, int64_t, int64_t, const float*, const float*, float*) {}

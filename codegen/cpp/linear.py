@@ -38,8 +38,8 @@ def emit(spec: Spec, *, x_dtype: torch.dtype, weight_dtypes: Sequence[torch.dtyp
     lies = {_lies(unit[at + w] if unit is not None else None) for w in range(len(weight_dtypes))}
     is_few, is_many = (rows is None or rows <= few(k)) and "apart" not in lies, rows is None or rows > few(k) or bool(lies & {"apart", None})
     halves = {x_dtype, *weight_dtypes} == {torch.bfloat16}
-    ways = ways_source(is_few, is_many, [steps_source(rows), text("linear_dots.h"), text("linear_few_plain.h"), text("linear_few.h")],
-                       [f"constexpr bool BFLOAT16 = {flag(halves)};  // x and the weights\n", text("linear_lanes.h"), text("linear_plain.h"), text("linear_many.h")], few(k), "linear")
+    ways = ways_source(is_few, is_many, [steps_source(rows), text("linear_dots.h"), text("linear_few_rows.h"), text("linear_few_columns.h"), text("linear_few.h")],
+                       [f"constexpr bool BFLOAT16 = {flag(halves)};  // x and the weights\n", text("linear_lanes.h"), text("linear_source.h"), text("linear_settled.h"), text("linear_many.h")], few(k), "linear")
     source, detail = unit_source(spec, found, title="tileweld linear: out_o[i, j] = epilogue_o(a0, a1, ...), a_w = prologue(x) w^T", x_dtype=x_dtype, weight_dtypes=weight_dtypes,
                                  captures=Captures(tuple(capture_dtypes), tuple(capture_ranks)), widths=widths, k=k, num_sizes=num_sizes, unit=unit, lies=lies, ways=ways)
     return Kernel("linear", "cpp", source, "linear", rewrite="linear", detail=detail)

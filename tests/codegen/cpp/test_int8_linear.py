@@ -12,7 +12,7 @@ from tileweld.codegen.cpp.int8_linear import emit, few
 from tileweld.compiler.errors import UnsupportedError
 from tileweld.compiler.ir.int8_linear import dequantized, quantized, reference
 from tileweld.compiler.ir.linear import Spec, spec_of, widths
-from tileweld.runtime.build import CppUnit, compile_cpp
+from tileweld.runtime.build import CppUnit, build, compile_cpp
 from tileweld.runtime.launch import CppLauncher
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -146,6 +146,13 @@ def test_sums_are_bitwise_those_of_int64(way):
                     q = q.to(torch.int8)
                     exact = t.long() @ q.long().T
                     assert torch.equal(outputs(launch, Spec(), t.float(), [q], [ones], [])[0], exact.float()), (M, N, K)
+
+
+def test_the_way_of_avx_vnni_is_compiled():
+    """Processors with VNNI and without AVX-512; few machines of ours are one, so this holds the assembler's part."""
+    kernel = emit(Spec(), x_dtype=F32, widths=[45], k=67, activation="mixed", groups=[1])
+    (library,) = build([CppUnit("int8", kernel.source, extra_flags=("-march=x86-64-v3", "-mavxvnni"))])
+    assert library.exists()
 
 
 def test_the_longest_sums_fit():

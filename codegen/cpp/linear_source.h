@@ -1,0 +1,18 @@
+// How linear_many.h reads weights of floats: they are packed as they are.
+
+// Rows of a weight, in lanes: along(n, k) holds VL lanes of row n from element k on, of which `left` are there; across(k) lane k of `count` rows.
+template <class W>
+struct Source {
+    const W* w;
+    int64_t row, column;
+    bool by_columns() const { return BY_COLUMNS && (!(BY_ROWS || APART) || (row == 1 && column != 1)); }
+    const W* at(int64_t n, int64_t k) const { return w + n * row + k * column; }
+    Vector along(int64_t n, int64_t k, int64_t left) const { return lanes_along(w + n * row + k * column, column, left); }
+    Vector across(int64_t n, int64_t k, int64_t left, int count) const { return lanes_across(w + k * column + n, column, left, count); }
+};
+// f of weight w's rows from `first` on
+template <class F>
+INLINE void with_source(const Call& call, int w, int64_t first, F f) {
+    const Weight& weight = call.weight[w];
+    with_elements(call, w, [&](auto* from) { f(Source<std::remove_cv_t<std::remove_pointer_t<decltype(from)>>>{from + first * weight.row, weight.row, weight.column}); });
+}
