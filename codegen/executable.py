@@ -166,7 +166,8 @@ class _Writer(Vocabulary):
             if node.users or not is_inplace(node):
                 self.names[node] = self._name(node.name)
                 text = f"{self.names[node]} = {text}"
-                if getattr(node.target, "has_known_layout", False) and is_tensor(node):
+                made_by = node.args[0].target if is_getitem(node) else node.target
+                if getattr(made_by, "has_known_layout", False) and is_tensor(node):
                     self.known_layout.add(node)
                 if isinstance(value(node), torch.SymInt) and size(value(node)).is_Symbol:
                     self.inner.setdefault(size(value(node)), self.names[node])

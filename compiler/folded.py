@@ -4,12 +4,12 @@
 `fold_weights` replaces them by a `Folded`, which is called with the weights and returns the kept value if, for every one of them, all of this is as it was:
 
     the tensor (a weak reference to it), its storage (a weak reference too: an address may be used again, a storage that is referred to is not),
-    its address, shape, strides, dtype and version; and, on a CPU, 32 of its elements, spread over it
+    its address, shape, strides, dtype and version; and, on a CPU, 8 of its elements, spread over it
 
 - A weight that is replaced (`load_state_dict(assign=True)`, `m.weight = ...`), whose data is (`.to()`, `p.data = ...`, `set_`), or that is written in place (`load_state_dict`, an edit under
   no_grad, an optimizer's step) is seen by the first six.
 - What torch does not count as a write is seen otherwise. Steps of torch.optim's *fused* optimizers leave the version as it is: they are announced, by a hook behind every step.
-  `p.data.add_()` writes through an alias with a version of its own, numpy and foreign kernels through none: the 32 elements see them if they change most of the tensor
+  `p.data.add_()` writes through an alias with a version of its own, numpy and foreign kernels through none: the 8 elements see them if they change most of the tensor
   (on a CPU; a GPU would have to be waited for). A write of this kind to a few elements, or on a GPU, has to be said: `tileweld.refold()`.
 - Weights made under torch.inference_mode() have no version: what is computed from them is computed at every call.
 
@@ -36,7 +36,7 @@ from .ir.weights import is_getitem, is_pure
 
 LEAST = 1 << 15  # elements read and written: what is less takes no longer than to ask whether it is still right (about a microsecond a weight)
 GROWTH = 2  # a kept value has at most so many times the bytes of its sources: dequantised int8 weights would undo what they are for
-SAMPLES = 32
+SAMPLES = 8  # each is a line of memory that is not in the cache: 32 took 3 us a weight, as long as all the rest
 
 
 class _Seen:
@@ -236,7 +236,7 @@ class _Number(int):
 def fold_weights(gm: GraphModule) -> list[Folded]:
     """Replace what depends on weights alone in an inference graph, whose weights have meta["weight"] (their name); returns what is kept.
 
-    Left as they are: views, which cost nothing; little things (LEAST); what would be larger than its sources (GROWTH); what leaves the graph, since its receiver may write to it.
+    Left as they are: views, which cost nothing; little things (LEAST) of torch's own operations; what would be larger than its sources (GROWTH); what leaves the graph, since its receiver may write to it.
     """
     graph = gm.graph
     if not any(n.meta.get("weight") for n in graph.find_nodes(op="placeholder")):
@@ -280,7 +280,8 @@ def _folded(node: Node, live: Liveness) -> tuple[Folded, list[Node]] | None:
     results = value(node) if isinstance(value(node), (list, tuple)) else [value(node)]
     work = sum(_elements(n) + sum(_elements(a) for a in n.all_input_nodes) for n in ordered if n.op == "call_function" and not is_view(n) and not is_getitem(n))
     size = sum(_bytes(x) for x in results)
-    if not sources or work < LEAST or size > GROWTH * sum(_bytes(value(n)) for n in sources) or live.bases[node] & (live.leaves | live.written):
+    is_own = any(n.op == "call_function" and n.target.namespace == "tileweld" for n in ordered if not is_getitem(n))  # quantize_rows is a dozen calls of torch's
+    if not sources or (work < LEAST and not is_own) or size > GROWTH * sum(_bytes(value(n)) for n in sources) or live.bases[node] & (live.leaves | live.written):
         return None
     graph, copies = Graph(), {}
     for n in [*sources, *(n for n in ordered if n.op != "placeholder")]:

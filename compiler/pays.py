@@ -23,8 +23,8 @@ from .ir.kernel import Kernel
 from .select import Choice
 
 WORTH_TIMING = 2e7  # FLOPs: 0.1 to 0.2 ms of one core
-ROUNDS = 7
-SECONDS = 0.15  # for one kernel; a large product gets fewer rounds, but not below three
+ROUNDS = 5
+SECONDS = 0.1  # for one kernel; a large product gets fewer rounds, but not below three
 STEADY = 1.3  # median over best
 MARGIN = 1.1
 

@@ -1,18 +1,19 @@
-"""What int8 is asked for: the value of ``options={"int8": ...}`` and the arguments of ``convert.quantize_``, checked."""
+"""What int8 is asked for: the value of ``options={"int8": ...}`` and the arguments of ``convert.quantize_``, checked. Needs no torch: the command line reads options first."""
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
 from collections.abc import Mapping
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..errors import OptionError
-from .int8_linear import limit_of
+
+if TYPE_CHECKING:
+    import torch
 
 #: scheme -> activation of `tileweld::int8_linear`
 SCHEMES = {"weight_only": "float", "dynamic": "int8", "llm_int8": "mixed"}
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = ("float32", "float16", "bfloat16")
 HEADS = ("lm_head", "embed_out", "output_projection")  # what models call the projection to the vocabulary
 
 
@@ -81,8 +82,10 @@ class Int8:
 
     def problem(self, columns: int, dtype: torch.dtype) -> tuple[str, str] | None:
         """(reason, cure) why a weight [N, columns] of dtype cannot be quantised, None if it can."""
-        if dtype not in DTYPES:
-            return f"its weight is {str(dtype).removeprefix('torch.')}, expected float32, float16 or bfloat16", "convert the model first, model.float()"
+        from .int8_linear import limit_of
+
+        if (name := str(dtype).removeprefix("torch.")) not in DTYPES:
+            return f"its weight is {name}, expected {DTYPES[0]}, {DTYPES[1]} or {DTYPES[2]}", "convert the model first, model.float()"
         if self.group and columns % self.group:
             return f"groups of {self.group} do not divide its {columns} columns", f"leave it out with skip, or choose a group that divides {columns}, or 0"
         if columns > limit_of(self.activation):

@@ -217,7 +217,7 @@ def test_memory_goes_with_the_weights_and_with_the_graphs():
     run = compiled(m)
     with torch.no_grad():
         run(x)
-    (kept,) = [k for k in folded._shared.values() if k._references[0]() is not None and id(k._references[0]()) in map(id, m.parameters())]
+    (kept,) = [k for k in folded._shared.values() if k.is_of(set(map(id, m.parameters())))]
     value = weakref.ref(kept._state[1][0] if isinstance(kept._state[1], list) else kept._state[1])
     assert value() is not None
     m.w = _parameter()
