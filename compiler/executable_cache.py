@@ -2,7 +2,7 @@
 
 Nothing of capture, passes, AOT, lowering runs then, and none of it is imported. An entry is JSON in the kernel cache (runtime/cache.py: a private folder, atomic writes, every read
 verified by sha256): the executable's text, and for each object that the text names a *recipe*, how to make it again; kernels are named by their library and its hash. Nothing is pickled,
-and an object without a recipe, such as a folded weight, keeps the whole executable from being kept.
+and an object without a recipe keeps the whole executable from being kept. Folded weights are computed anew, and watched, by each process.
 
 An entry is found by the graph's key (graph_key.py), and written only where AOT's wrapper does no more than pass arguments and results on (aot.wrapper_does), no shape symbol or guard came up, nothing was
 degraded. If the machine was too busy for the timings that lowering decides by (pays.py), the entry is used for an hour, and then the graph is compiled again. `tileweld.explain` and whoever asks for a detailed report want the graphs: they always compile.
@@ -30,14 +30,14 @@ from .errors import CacheError
 from .graph_key import NAMESPACES, NotKept, key_of, resolve
 from .ir.kernel import Kernel
 from .ir.text import Text
-from .report import Fusion, KernelUse, Refused, Report
+from .report import FoldedWeight, Fusion, KernelUse, Refused, Report
 from .runs import RUNS
 from .load import load
 
 SUFFIX = ".executable"
 UNSETTLED_SECONDS = 3600
 _LIBRARY = re.compile(r"[0-9a-f]{64}\.so")
-_ROWS = {"fusions": Fusion, "refusals": Refused, "kernels": KernelUse}
+_ROWS = {"fusions": Fusion, "kept": Fusion, "refusals": Refused, "kernels": KernelUse, "folded": FoldedWeight}
 
 
 def key(gm, example_inputs, options, mode, report: Report) -> str | None:
@@ -69,7 +69,7 @@ def find(key: str, report: Report) -> Callable | None:
         return None
     objects = {name: _made(recipe, launchers) for name, recipe in entry["objects"].items()}
     text = Text(**entry["text"] | {"objects": objects, "device": torch.device(entry["text"]["device"]) if entry["text"]["device"] else None})
-    number = report.restore(kernels, {name: [row(**fields) for fields in entry[name]] for name, row in _ROWS.items()})
+    number = report.restore(kernels, {name: [row(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}) for fields in entry[name]] for name, row in _ROWS.items()})
     log.get("runtime").info("graph %d: executable %s of an earlier process, %d kernels", number, key[:12], len(kernels))
     return _unboxed(load(text), entry["no_grad"])
 
@@ -110,7 +110,16 @@ def _made(recipe: list, launchers: Sequence[CppLauncher]):
         return resolve(rest[0])
     if kind == "constant":
         return _Constant(*rest)
+    if kind == "folded":
+        return _folded(*rest)
     raise ValueError(f"recipe {kind!r}")
+
+
+def _folded(rows: list, name: str, sources: list[str], layouts: list, nbytes: int):
+    from .folded import Folded
+    from .graph_json import read
+
+    return Folded(read(rows), name, sources, [(tuple(shape), tuple(strides)) for shape, strides in layouts], nbytes)
 
 
 class _Constant:
@@ -176,6 +185,8 @@ def _libraries(kernels: list[Kernel]) -> list[list[str]]:
 def _recipe(name: str, x, launches: list, kernels: list[Kernel]) -> list:
     """How `_made` makes this object again."""
     from .constants import Constant
+    from .folded import Folded
+    from .graph_json import written
 
     for launch in launches:
         if getattr(launch.launcher, "entry", None) is x and x is not None:
@@ -189,6 +200,8 @@ def _recipe(name: str, x, launches: list, kernels: list[Kernel]) -> list:
         return ["op", str(x)]
     if type(x) is Constant:
         return ["constant", *_content(x())]
+    if type(x) is Folded:
+        return ["folded", written(x.graph), x.name, list(x.sources), x.layouts, x.bytes]
     raise NotKept(f"{name}, a {type(x).__name__}")
 
 

@@ -172,11 +172,12 @@ def _watch_optimizers() -> None:
 class Folded:
     """Called with weights: the value of a graph that depends on them alone, computed when one of them has changed.
 
-    Its strides are those that the graph was compiled for. key: the computation as text, equal for equal computations; sources: names of the weights; bytes: of the value; operations: what computes it.
+    Its strides are those that the graph was compiled for (``layouts``: sizes and strides of each tensor). key: the computation as text, equal for equal computations; sources: names of the weights; bytes: of the value; operations: what computes it.
     """
 
     def __init__(self, graph: Graph, name: str, sources: Sequence[str], layouts: Sequence[tuple], nbytes: int):
-        self._gm, self._layouts = GraphModule({}, graph), layouts
+        self.graph, self.layouts = graph, layouts
+        self._gm = GraphModule({}, graph)
         self._by_weights: dict[tuple[int, ...], _Kept] = {}
         self._said = False
         self.name, self.sources, self.bytes, self.key = name, tuple(sources), nbytes, f"{_text(graph)} {layouts}"
@@ -209,8 +210,8 @@ class Folded:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             made = self._gm(*weights)
         if not isinstance(made, (list, tuple)):
-            return _laid_out(made, *self._layouts[0])
-        return [_laid_out(x, *layout) for x, layout in zip(made, self._layouts)]
+            return _laid_out(made, *self.layouts[0])
+        return [_laid_out(x, *layout) for x, layout in zip(made, self.layouts)]
 
     def __deepcopy__(self, memo) -> Folded:  # a copied graph is shown or run with the same values
         return self

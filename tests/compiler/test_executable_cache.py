@@ -2,6 +2,7 @@
 import functools
 import json
 import logging
+import operator
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tileweld.compiler import aot, executable_cache, lower
+from tileweld.compiler import aot, executable_cache, graph_json, lower
 from tileweld.compiler.backend import tileweld
 from tileweld.compiler.report import Report
 from tileweld.runtime import cache, launch
@@ -318,6 +319,41 @@ def test_an_object_without_a_recipe_keeps_all_of_it_from_being_kept(caplog):
         with pytest.raises(executable_cache.NotKept, match="OpOverload"):
             executable_cache._recipe("f", torch.ops.tileweld.attention.default, [], [])
     assert "no text" in caplog.text and not entries()
+
+
+def test_folded_weights_are_computed_and_watched_by_the_process_that_has_the_entry():
+    w, a, b = (torch.nn.Parameter(torch.randn(*shape)) for shape in ((96, 300), (3, 300), (96, 3)))
+
+    def merged(x, w, a, b):
+        return x @ (w + 0.5 * (b @ a)).mT.contiguous()
+
+    x = torch.randn(4, 300)
+    (first, before), (second, after) = (compiled(merged, x, w, a, b) for _ in range(2))
+    assert len(after.restored) == 1 and after.folded_bytes == before.folded_bytes == 96 * 300 * 4
+    assert torch.equal(first, second)
+    run = torch.compile(merged, backend="tileweld", dynamic=False)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        run(x, w, a, b)
+        a.zero_()
+        torch.testing.assert_close(run(x, w, a, b), x @ w.mT)
+
+
+def test_a_graph_as_rows():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    pair = graph.call_function(torch.ops.aten.var_mean.correction, (x, [0]), {"correction": float("inf"), "keepdim": True})
+    made = graph.call_function(torch.ops.aten.full.default, ([2, 3], -0.0), {"dtype": torch.float64, "device": torch.device("cpu"), "pin_memory": False})
+    graph.output(graph.call_function(torch.ops.aten.add.Tensor, (graph.call_function(operator.getitem, (pair, 1)), made)))
+    again = graph_json.read(json.loads(json.dumps(graph_json.written(graph))))
+    assert [(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in again.nodes] == [(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in graph.nodes]
+    graph.call_function(torch.ops.tileweld.rms_norm.default, (x, None, 1e-6))
+    with pytest.raises(executable_cache.NotKept, match="rms_norm"):
+        graph_json.written(graph)
+    with pytest.raises(ValueError, match="os.system"):
+        graph_json.read([["os.system", ["true"], {}]])
+    with pytest.raises(ValueError, match="an argument"):
+        graph_json.read([["aten.full.default", [[1], {"dtype": "load"}], {}]])
 
 
 FRESH = """
