@@ -27,6 +27,7 @@ ROWS = {
     "dynamic + smooth": ({"scheme": "dynamic"}, True, False),
     "dynamic + smooth, int8 head": ({"scheme": "dynamic", "lm_head": True}, True, False),
     "llm_int8": ({"scheme": "llm_int8"}, False, False),
+    "llm_int8 + smooth": ({"scheme": "llm_int8"}, True, False),
     "llm_int8, threshold 3": ({"scheme": "llm_int8", "threshold": 3.0}, False, False),
     "llm_int8, threshold 3 + smooth": ({"scheme": "llm_int8", "threshold": 3.0}, True, False),
     "llm_int8, calibrated columns": ({"scheme": "llm_int8"}, False, True),
