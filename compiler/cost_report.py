@@ -14,9 +14,10 @@ import sympy
 from torch.fx import GraphModule, Node
 
 from .constants import Constant
-from .folded import Folded
 from .devices import Device
+from .folded import Folded
 from .ir.cost import Call, Cost, cost, fused, hints, is_kernel, is_known
+from .ir.weights import constants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +36,9 @@ def snapshot(gm: GraphModule) -> dict[Node, tuple]:
 
 
 def changed(rewrite: str, before: dict[Node, tuple], gm: GraphModule) -> Covered:
-    """What a pass made of the graph since the snapshot."""
-    now = {node: (node.args, node.kwargs) for node in gm.graph.nodes if node.op == "call_function"}
+    """What a pass made of the graph since the snapshot. In inference what depends on weights alone is computed once and costs a call nothing."""
+    kept = constants(gm.graph)
+    now = {node: (node.args, node.kwargs) for node in gm.graph.nodes if node.op == "call_function" and (node in before or node not in kept)}
     return Covered(rewrite, *(tuple((node, *arguments) for node, arguments in row.items() if node not in other) for row, other in ((before, now), (now, before))))
 
 

@@ -48,6 +48,14 @@ def _linear(c: Call):
     return 2 * elements(c["input"]) * (size(c["weight"].shape[0]) if c["weight"].dim() == 2 else 1)
 
 
+def _einsum(c: Call):
+    """2 products an element of the space of all letters; a case with ``...`` counts its letters alone."""
+    sizes = {}
+    for letters, x in zip(c["equation"].replace(" ", "").split("->")[0].split(","), c["tensors"]):
+        sizes |= dict(zip(letters.replace("...", ""), map(size, x.shape[x.dim() - len(letters.replace("...", "")):]), strict=True))
+    return 2 * sympy.Mul(*sizes.values())
+
+
 def _convolution(c: Call):
     """2 products an output (transposed: an input) element and weight of its group (flop_counter's conv_flop_count)."""
     x, weight = c["input"], c["weight"]
@@ -166,6 +174,7 @@ ROWS: dict[str, Row] = {
     "aten::baddbmm": Row(matmul=lambda c: product(c["batch1"], c["batch2"]), vector=per_output()),
     "aten::linear": Row(matmul=_linear, vector=lambda c: elements(c.out) if c["bias"] is not None else ZERO),
     "aten::convolution": Row(matmul=_convolution), "aten::conv1d": Row(matmul=_convolution), "aten::conv2d": Row(matmul=_convolution), "aten::conv3d": Row(matmul=_convolution),
+    "aten::einsum": Row(matmul=_einsum),
     "aten::_grouped_mm": Row(matmul=lambda c: 2 * elements(c["self"]) * size(c["mat2"].shape[-1])),
     # attention
     "tileweld::attention": Row(matmul=_attention, vector=_attention_vector),
@@ -175,7 +184,8 @@ ROWS: dict[str, Row] = {
     **dict.fromkeys(("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "aten::_scaled_dot_product_flash_attention_backward",
                      "aten::_scaled_dot_product_efficient_attention_backward", "aten::_scaled_dot_product_cudnn_attention_backward"), SDPA_BACKWARD),
     # tileweld's other ops
-    "tileweld::linear": Row(matmul=_fused_linear, vector=_fused_linear_vector),
+    "tileweld::linear": Row(matmul=_fused_linear, vector=_fused_linear_vector), "tileweld::int8_linear": Row(matmul=_fused_linear, vector=_fused_linear_vector),
+    "tileweld::quantize_rows": Row(vector=per("weight", 3)), "tileweld::dequantize_rows": Row(vector=per("q")),  # magnitude, maximum, quotient; a product
     "tileweld::rms_norm": Row(vector=_norm(RMS)),
     "tileweld::rms_norm_backward": Row(vector=lambda c: 8 * elements(c["x"])),  # the norm again (3), two products, a sum, a difference, a product
     "tileweld::add_rms_norm": Row(vector=_norm(RMS + 1)), "tileweld::add_layer_norm": Row(vector=_norm(LAYER + 1)),
@@ -199,7 +209,7 @@ ROWS: dict[str, Row] = {
     **dict.fromkeys(("aten::index", "aten::index_select", "aten::gather", "aten::take", "aten::take_along_dim"), GATHER),
     # copies and fills
     **dict.fromkeys((f"aten::{name}" for name in "to _to_copy clone contiguous reshape cat stack repeat repeat_interleave roll flip constant_pad_nd pad tril triu _unsafe_view flatten "
-                     "copy lift_fresh_copy slice_scatter select_scatter slice_backward select_backward embedding_dense_backward index_put scatter expand_copy unfold arange linspace full scalar_tensor".split()), COPY),
+                     "copy lift_fresh_copy slice_scatter select_scatter index_copy slice_backward select_backward embedding_dense_backward index_put scatter expand_copy unfold arange linspace full scalar_tensor".split()), COPY),
     **dict.fromkeys((f"aten::{name}" for name in "zeros ones zeros_like ones_like full_like new_zeros new_ones new_full zero fill eye rand randn rand_like randn_like".split()), FILL),
     **dict.fromkeys(("aten::where", "aten::__or__", "aten::__and__", "aten::__xor__", "aten::square", "aten::softplus", "aten::dropout", "aten::native_dropout", "aten::diff"), POINTWISE),  # no tag in torch
     # no kernel
