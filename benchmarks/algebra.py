@@ -101,7 +101,8 @@ CASES = {
     "lora": Case("LoRA-merged decode, one token over 512 cached", _lora, {"eager": 1.15}),
     "gqa_decode": Case("the attention op of a decode step, 16 -> 4 KV heads of 64, 4096 cached (33.6 -> 8.4 MB of keys and values)", gqa.attention, {"tileweld" + gqa.OLD: 1.5}),
     "gqa_decode_block": Case("the whole block of that step, 1024 wide", gqa.block, {}),
-    "mla_decode": Case("an MLA layer, one token over 2047 cached latents of 512 + 64, 16 heads, 2048 wide", mla.decode, {"eager": 20, "inductor": 15}, rounds=7),
+    "mla_decode": Case("MLA's attention block, one query over 2048 cached latents of 512 + 64, 16 heads", mla.block, {"eager": 20, "inductor": 15}, rounds=9),
+    "mla_decode_layer": Case("a whole MLA layer, 2048 wide, one token over 2047 cached", mla.decode, {}, rounds=9),
     "mla_prefill": Case("the same layer, 512 tokens without a prefix", mla.prefill, {"eager": 1.0}, rounds=7),
     "watching": Case("1000 watched weights", _watching, {}),
 }

@@ -1,6 +1,8 @@
 """int8 weights in a model, in place. The schemes are those of ``options={"int8": ...}``; see compiler/ir/int8_linear.py for what they compute."""
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import io
 import math
@@ -101,7 +103,14 @@ def quantize_(model: nn.Module, scheme: str | dict = "weight_only", filter_fn: C
         module = chosen.pop(name)
         layers.append(_replace(model, name, module, settings, columns.get(name), shared, tied))
         del module  # the last reference to its float weight
+    _give_back()
     return QuantizeReport(settings, layers, left_out, before, _bytes(model))
+
+
+def _give_back() -> None:
+    """Freed weights back to the system, where the C library keeps them for itself: glibc does, and a model of 105 MB would stay 305 MB resident."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _key(module: nn.Module) -> tuple:

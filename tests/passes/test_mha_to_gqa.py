@@ -43,7 +43,7 @@ def test_what_is_lossy_is_what_convert_makes_of_the_weights(rotary, kv_heads, ke
     model = model_of(heads=kv_heads, kv_heads=kv_heads, rotary=rotary, bias=bias)
     twin = copy.deepcopy(model)
     made = convert.to_gqa(twin, keep)
-    result, report = rewritten(model, tokens(), gqa=keep)
+    result, report = rewritten(model, tokens(), gqa=keep, passes={"bias_rules": False})  # which takes biases elsewhere first: a merge of other weights
     assert far(result, twin(tokens())) < 1e-9 and far(result, model(tokens())) > 1e-3
     assert [row.kv_bytes_after for row in report.merged] == [x.kv_bytes_after for x in made.layers]
     assert [row.residual for row in report.merged] == pytest.approx([x.residual for x in made.layers], rel=1e-6)
