@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..codegen.liveness import Liveness
-from .ir.graph import is_tensor, value
+from .ir.graph import computed_from, is_tensor, value
 from .ir.weights import is_pure
 
 LIMIT = 1 << 16  # elements of a kept tensor: a mask of 256 x 256; what is larger is cheaper to make again than to hold
@@ -70,12 +70,7 @@ def _costs(node: Node, fixed: set[Node]) -> bool:
 
 def _part(node: Node) -> Graph:
     """The graph that computes this node alone."""
-    needed, stack = set(), [node]
-    while stack:
-        n = stack.pop()
-        if n not in needed:
-            needed.add(n)
-            stack += n.all_input_nodes
+    needed = computed_from(node)
     made, copies = Graph(), {}
     for n in node.graph.nodes:
         if n in needed:

@@ -31,7 +31,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..codegen.liveness import Liveness, is_view
 from . import log
-from .ir.graph import value
+from .ir.graph import computed_from, value
 from .ir.weights import is_getitem, is_pure
 
 LEAST = 1 << 15  # elements read and written: what is less takes no longer than to ask whether it is still right (about a microsecond a weight)
@@ -270,13 +270,7 @@ def fold_weights(gm: GraphModule) -> list[Folded]:
 
 def _folded(node: Node, live: Liveness) -> tuple[Folded, list[Node]] | None:
     """What computes this node from weights; None where that is not worth it."""
-    needed, stack = set(), [node]
-    while stack:
-        n = stack.pop()
-        if n not in needed:
-            needed.add(n)
-            stack += n.all_input_nodes
-    ordered = sorted(needed)
+    ordered = sorted(computed_from(node))
     sources = [n for n in ordered if n.op == "placeholder"]
     results = value(node) if isinstance(value(node), (list, tuple)) else [value(node)]
     work = sum(_elements(n) + sum(_elements(a) for a in n.all_input_nodes) for n in ordered if n.op == "call_function" and not is_view(n) and not is_getitem(n))

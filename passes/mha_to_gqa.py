@@ -30,7 +30,7 @@ from torch.fx import Graph, Node
 from ..compiler.ir import merge_heads as _merge_heads_op  # noqa: F401 (registers the op)
 from ..compiler.ir import scalar as sc
 from ..compiler.ir.attention import variant_of
-from ..compiler.ir.graph import insert, is_call, is_tensor, op_name, shape, value
+from ..compiler.ir.graph import computed_from, insert, is_call, is_tensor, op_name, shape, value
 from ..compiler.ir.layout import size_node, sizes_of_nodes
 from ..compiler.ir.lift import Lift
 from ..compiler.ir.linear_build import call, rows_of
@@ -240,16 +240,7 @@ def _spec(op: Node):
 
 def _quantised(node: Node) -> Node | None:
     """A parameter of an integer dtype that the weight is computed from."""
-    stack, seen = [node], set()
-    while stack:
-        n = stack.pop()
-        if n in seen:
-            continue
-        seen.add(n)
-        if n.op == "placeholder" and not value(n).dtype.is_floating_point:
-            return n
-        stack.extend(n.all_input_nodes)
-    return None
+    return next((n for n in sorted(computed_from(node)) if n.op == "placeholder" and not value(n).dtype.is_floating_point), None)
 
 
 def _knows_heads(attention: Node) -> bool:

@@ -53,6 +53,17 @@ _SHAPE_FUNCTIONS = {
 }
 
 
+def computed_from(node: Node) -> set[Node]:
+    """The node and everything that it is computed from."""
+    found, stack = set(), [node]
+    while stack:
+        n = stack.pop()
+        if n not in found:
+            found.add(n)
+            stack += n.all_input_nodes
+    return found
+
+
 def argument(node: Node, position: int, name: str, default=None):
     """An argument of a call by position or keyword."""
     if len(node.args) > position:

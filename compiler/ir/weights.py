@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from .graph import is_tensor
+from .graph import computed_from, is_tensor
 
 _CHANGING = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
@@ -40,11 +40,11 @@ def is_weight_input(node: Node) -> bool:
 
 def is_constant(node) -> bool:
     """A weight, or computed from weights (at least one) alone."""
-    weights, seen, stack = 0, set(), [node]
+    if not isinstance(node, Node):
+        return False
+    weights, stack, seen = 0, [node], set()
     while stack:
         n = stack.pop()
-        if not isinstance(n, Node):
-            return False
         if n in seen:
             continue
         seen.add(n)
@@ -53,7 +53,7 @@ def is_constant(node) -> bool:
                 return False
             weights += 1
         elif not (is_pure(n) or is_getitem(n)):
-            return False
+            return False  # without walking the rest of the graph
         stack.extend(n.all_input_nodes)
     return weights > 0
 
@@ -80,15 +80,8 @@ def why_trained(graph: Graph, nodes) -> str | None:
     """Why these values may not be computed ahead: a gradient is wanted of this graph. None in inference."""
     if not torch.is_grad_enabled():
         return None
-    for node in nodes:
-        stack, seen = [node], set()
-        while stack:
-            n = stack.pop()
-            if n in seen:
-                continue
-            seen.add(n)
-            if n.op == "placeholder" and n.meta.get("requires_grad", False):
-                return f"{n.meta.get('label') or n.name} is trained: a gradient is wanted of it"
-            stack.extend(n.all_input_nodes)
+    for n in (n for node in nodes for n in sorted(computed_from(node))):
+        if n.op == "placeholder" and n.meta.get("requires_grad", False):
+            return f"{n.meta.get('label') or n.name} is trained: a gradient is wanted of it"
     trained = next((n for n in graph.nodes if n.op == "placeholder" and n.meta.get("requires_grad", False)), None)
     return f"the graph is trained (of {trained.meta.get('label') or trained.name} a gradient is wanted), and nothing is kept between the calls of a graph that is" if trained is not None else None
