@@ -2,6 +2,7 @@
 import copy
 import functools
 import gc
+import math
 import weakref
 
 import pytest
@@ -232,3 +233,13 @@ def test_gradients_pass_through_a_quantised_layer():
     with torch.enable_grad():
         model(IDS).square().mean().backward()
     assert model.table.weight.grad.norm() > 0 and model.blocks[0].norm.weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize(("threshold", "found"), [(6.0, [5]), (math.inf, [])])
+def test_a_calibrated_column_is_an_outlier_beside_its_layers_own_columns(threshold, found):
+    """Far below 6.0, and four times what the other columns reach; none where outliers are turned off."""
+    x = torch.full((3, 16), 0.01)
+    x[:, 5] = 0.04
+    model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+    convert.quantize_(model, "llm_int8", threshold=threshold, calibration=x)
+    assert model[0].columns.nonzero().flatten().tolist() == found
