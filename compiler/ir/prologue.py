@@ -41,7 +41,7 @@ def fold(norm: Norm, writes: Writes) -> Match | None:
 
     A norm whose result is the residual stream too (post-norm models: BERT) is no prologue by design; others' passes take it.
     """
-    ops, others = _consumers(norm.node)
+    ops, others = consumers(norm.node)
     if not ops or any(is_call(n, aten.add.Tensor) or is_call(n, torch.ops.tileweld.linear.default) for n in others):
         return None
     if norm.problem:
@@ -81,7 +81,7 @@ def fold(norm: Norm, writes: Writes) -> Match | None:
     return Match(items[0], tuple(n for n in dict.fromkeys(rows_of(n) if n is norm.x else n for n in inputs) if is_tensor(n)), build, _detail(norm, ops), tuple(items[1:]))
 
 
-def _consumers(node: Node) -> tuple[list[Node], list[Node]]:
+def consumers(node: Node) -> tuple[list[Node], list[Node]]:
     """(the fused matmuls whose rows are the node's, in order; all other readers). A symbolic size that is read is no use."""
     ops, others, stack = [], [], [(node, u) for u in node.users]
     while stack:
