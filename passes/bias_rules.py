@@ -8,7 +8,7 @@ position lies between; no sink, which is a score without a bias; masked keys hav
 gives zero because it sees no key. Both: the projection has no other reader (a cache), and no gradient is wanted: the bias would get none.
 
 Where the shapes fit but one of these does not hold, the report says so (`report.kept`); it is no refusal, the model is fine as it is. Cost: two additions of [tokens, KV width] less; the folded bias is
-computed once (compiler/folded.py). passes/reassociate.py asks the same two questions where it moves a bias out of its way. Source: Collaborative attention, Cordonnier et al., 2006.16362, section 3, for keys.
+computed once (compiler/folded.py). Both questions are compiler/ir/attention_bias.py's, which passes/reassociate.py asks too where it moves a bias out of its way. Source: Collaborative attention, Cordonnier et al., 2006.16362, section 3, for keys.
 """
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from torch.fx import Graph, Node
 
 from ..compiler.ir import scalar as sc
 from ..compiler.ir.association_trace import E, Piece, bias_view, trace
-from ..compiler.ir.attention import Variant, variant_of
+from ..compiler.ir.attention import variant_of
+from ..compiler.ir.attention_bias import why_key_bias_counts, why_value_bias_counts
 from ..compiler.ir.graph import insert, is_call, shape, value
 from ..compiler.ir.lift import Lift
 from ..compiler.ir.linear import compute_dtype
-from ..compiler.ir.masking import ABSORBING
 from ..compiler.ir.products import Product, product_of
 from ..compiler.ir.rewrite import Kept, Match
 from ..compiler.ir.unliftable import Unliftable
@@ -35,27 +35,6 @@ from ..compiler.ir.weights import is_constant, why_trained
 NAME = "bias_rules"
 OPTION = "fold_weights"
 aten = torch.ops.aten
-
-
-def why_key_bias_counts(variant: Variant) -> str | None:
-    """Why a bias of the keys changes the result of an attention; None where it does not."""
-    slope = variant.score_expr.diff(sc.S)
-    if slope.has(sc.S):
-        return f"the score {variant.score} is not affine in s"
-    if slope.has(sc.J):
-        return f"the slope of the score {variant.score} differs from key to key"
-    if variant.sink:
-        return "the sink is a score without a bias"
-    return None if variant.fill <= -ABSORBING or variant.mask == "True" else f"masked keys have the score {variant.fill}, which is to stay the same distance away"
-
-
-def why_value_bias_counts(variant: Variant) -> str | None:
-    """Why a bias of the values does not simply come out of an attention; None where it does."""
-    if variant.sink:
-        return "the weights of a row add up to less than 1, by the sink's"
-    if variant.value:
-        return f"the weights have a factor, {variant.value}"
-    return "a row that sees no key gives 0" if variant.empty == "zero" and variant.mask != "True" else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,9 +28,9 @@ from ..compiler.ir.association import CPU, Machine, Operand, Plan, Product, Tree
 from ..compiler.ir.association_choice import SQ, TK, B, Chosen, choose, guard, hints_of, in_words, promised
 from ..compiler.ir.association_trace import E, Piece, bias_view, tensor_view, trace, weight_view
 from ..compiler.ir.attention import variant_of
+from ..compiler.ir.attention_bias import why_key_bias_counts, why_value_bias_counts
 from ..compiler.ir.graph import insert, is_call, op_name, shape, value
 from ..compiler.ir.layout import arrange, layout, sizes_of_nodes
-from ..compiler.ir.masking import ABSORBING
 from ..compiler.ir.rewrite import Kept, Match, NotThePattern, Refusal, Refused
 from ..compiler.ir.unliftable import Unliftable
 from ..compiler.ir.weights import why_trained
@@ -255,13 +255,10 @@ def _check(graph: Graph, region: _Region, plan: Plan) -> None:
     for p in moved:
         if p.factor.bias is None:
             continue
-        if p in region.k:
-            slope = variant.score_expr.diff(sc.S)
-            if slope.has(sc.S) or slope.has(sc.J) or variant.sink or not variant.fill <= -ABSORBING:
-                why = "a sink" if variant.sink else f"a fill of {variant.fill}" if not variant.fill <= -ABSORBING else f"score={variant.score}"
-                raise Refused(f"a bias of the keys adds to the scores of a row what {why} does not leave alone", p.factor.node, "a key bias changes nothing in a plain softmax: leave it out")
-        elif variant.sink or variant.value or (variant.empty == "zero" and variant.mask != "True"):
-            raise Refused("a bias of the values counts once for every row, and here the weights of a row need not add up to 1", p.factor.node, "leave the bias of the values out, or add it behind the attention")
+        if p in region.k and (reason := why_key_bias_counts(variant)):
+            raise Refused(f"a bias of the keys adds to the scores of a row, and {reason}", p.factor.node, "a key bias changes nothing in a plain softmax: leave it out")
+        if p not in region.k and (reason := why_value_bias_counts(variant)):
+            raise Refused(f"a bias of the values counts once for every row, and {reason}", p.factor.node, "leave the bias of the values out, or add it behind the attention")
 
 
 # ---------------------------------------------------------------- building

@@ -83,9 +83,9 @@ def test_the_report_prints_the_polynomials_the_choice_and_the_crossover(rewritin
 
 @pytest.mark.parametrize("broken, options, reason", [
     ("norm", {}, "rms_norm stands between the latent and the keys of every head"), ("rotary", {}, "stands between the latent and the keys of every head"),
-    ("returned", {}, "the expanded keys and values are also used by"), ("sink", dict(bias=True), "a bias of the keys adds to the scores of a row what a sink does not leave alone"),
-    ("finite", dict(bias=True), "a bias of the keys adds to the scores of a row what a fill of -2000.0 does not leave alone"),
-    ("sink", dict(bias="v", own_kv_products=True), "a bias of the values counts once for every row"), ("gate", dict(bias=True), "a bias of the keys adds to the scores of a row what score="),
+    ("returned", {}, "the expanded keys and values are also used by"), ("sink", dict(bias=True), "a bias of the keys adds to the scores of a row, and the sink is a score without a bias"),
+    ("finite", dict(bias=True), "a bias of the keys adds to the scores of a row, and masked keys have the score -2000.0"),
+    ("sink", dict(bias="v", own_kv_products=True), "a bias of the values counts once for every row, and the weights of a row add up to less than 1"), ("gate", dict(bias=True), "a bias of the keys adds to the scores of a row, and the s"),
 ])
 def test_refused(broken, options, reason, rewriting):
     block, args = Block(broken=broken, **options).double(), inputs(7 if broken == "finite" else 1, 60)  # one token sees all keys: no mask is left
