@@ -243,9 +243,9 @@ def resident(how: str, path: str) -> dict:
     """MiB that a model of the decode case needs, run once: "float32", packed here ("weight_only"), or packed earlier and loaded from ``path`` ("loaded"). For a process of its own."""
     from tileweld.models import llama_gqa
 
-    def now() -> float:
+    def now(key: str = "VmRSS") -> float:
         gc.collect()
-        return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+        return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
 
     import tileweld as _tileweld
     from tileweld import convert
@@ -269,11 +269,11 @@ def resident(how: str, path: str) -> dict:
     with torch.no_grad():
         torch.compile(model, backend="tileweld")(token)
     parameters = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / 2**20
-    return {"what": how, "resident MiB": now() - before, "tensors MiB": parameters, "version": _tileweld.__version__}
+    return {"what": how, "resident MiB": now() - before, "peak MiB": now("VmHWM") - before, "tensors MiB": parameters, "version": _tileweld.__version__}
 
 
 def case_memory() -> dict:
-    """Resident memory of the decode model once packed to weight_only and called: <= 0.35x float32's."""
+    """Resident memory of the decode model once packed to weight_only and called: <= 0.35x float32's; and the peak on the way, which starts from the float model where it is packed here."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for how in ("float32", "weight_only", "loaded"):
@@ -283,7 +283,7 @@ def case_memory() -> dict:
             rows.append(json.loads(out.stdout.rsplit("row ", 1)[1]))
     for row in rows:
         row["share"] = row["resident MiB"] / rows[0]["resident MiB"]
-    show("resident memory of the decode model, run once", rows, ["what", "resident MiB", "tensors MiB", "share"])
+    show("resident memory of the decode model, run once", rows, ["what", "resident MiB", "peak MiB", "tensors MiB", "share"])
     return {"rows": rows}
 
 

@@ -11,6 +11,7 @@ import contextlib
 import torch
 import torch.fx.traceback
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.callback import callback_handler
 from torch._guards import CompileContext, TracingContext
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
@@ -145,3 +146,20 @@ def compiled_frame() -> int | None:
     """Dynamo's number of the function that it is compiling now; None outside of it."""
     found = CompileContext.current_compile_id()
     return found.frame_id if found is not None else None
+
+_when_compiled: list = []
+
+
+def when_compiled(function) -> None:
+    """Have ``function`` called once, when Dynamo is done with what it compiles now, guards included; at once outside of a compilation."""
+    if CompileContext.current_compile_id() is None:
+        function()
+        return
+    if _run_waiting not in callback_handler.end_callbacks:  # torch._dynamo.reset() forgets it
+        callback_handler.register_end_callback(_run_waiting)
+    _when_compiled.append(function)
+
+
+def _run_waiting(_) -> None:
+    while _when_compiled:
+        _when_compiled.pop()()

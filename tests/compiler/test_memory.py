@@ -1,0 +1,56 @@
+"""What compiling leaves behind is given back when Dynamo is done, once, and only for what this backend compiled; quantising needs no copy of a weight."""
+import subprocess
+import sys
+
+import pytest
+import torch
+from tileweld.compiler import backend, capture
+
+
+def test_give_back_is_called_behind_the_guards_of_our_graphs_alone(monkeypatch):
+    calls = []
+    monkeypatch.setattr(backend, "give_back", lambda: calls.append(capture.CompileContext.current_compile_id()))
+    torch._dynamo.reset()
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(3))
+    assert calls == []
+    ours = torch.compile(lambda x: x * 2 + 1, backend="tileweld", dynamic=False)
+    for n in (3, 3, 4):
+        ours(torch.ones(n))
+    assert len(calls) == 2 and not capture._when_compiled
+    torch._dynamo.reset()  # forgets whom to call
+    torch.compile(lambda x: x * 3 + 1, backend="tileweld")(torch.ones(3))
+    assert len(calls) == 3
+
+
+def test_outside_of_a_compilation_it_is_called_at_once():
+    calls = []
+    capture.when_compiled(lambda: calls.append(1))
+    assert calls == [1] and not capture._when_compiled
+
+
+PROGRAM = """
+import sys, torch
+from torch import nn
+from tileweld import convert
+from tileweld.compiler.ir.heap import give_back
+
+def now(key):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+torch.set_num_threads(1)
+convert.quantize_(nn.Sequential(nn.Linear(8, 8)))
+give_back()
+before = now("VmRSS")
+model = nn.Sequential(*(nn.Linear(1024, 4096, bias=False) for _ in range(6)))
+built = now("VmRSS") - before
+convert.quantize_(model)
+print("figures", built, now("VmRSS") - before, now("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status, which Linux has")
+def test_quantising_gives_the_weights_back_and_has_no_copy_of_one():
+    """96 MiB of float32 in layers of 16: 24 MiB of int8 rows, and on the way one layer's rows and a block of AT_ONCE elements (20 MiB) more than the floats."""
+    out = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout
+    built, after, peak = map(float, out.split("figures")[1].split())
+    assert built > 90 and after < 0.35 * built and peak < built + 32
