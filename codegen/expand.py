@@ -103,10 +103,12 @@ def _inline(gm: GraphModule, node: Node, function, traced: dict) -> None:
     leaves, spec = torch.utils._pytree.tree_flatten((node.args, dict(node.kwargs)))
     nodes = [x for x in leaves if isinstance(x, Node)]
     key = (node.target, str(spec), tuple(_described(x) for x in leaves), tuple(nodes.index(x) for x in nodes))
-    if key not in traced:
-        traced[key] = _trace(function, leaves, spec, nodes)
-    sub = traced[key]
-    if sub is None or not _fits(node, sub):
+    known = traced.setdefault(key, [])
+    sub, _ = next((found for found in known if not found[1] & _storages(nodes)), (None, None))
+    if sub is None:  # fake values say what shares memory, so a call may not read what the same trace made: a residual stream through equal layers takes two in turn
+        sub = _trace(function, leaves, spec, nodes)
+        known.append((sub, _storages(sub.graph.nodes) - _storages(sub.graph.find_nodes(op="placeholder"))))
+    if not _fits(node, sub):
         return
     with gm.graph.inserting_before(node):
         replaced = dict(zip(sub.graph.find_nodes(op="placeholder"), nodes))
@@ -137,8 +139,17 @@ def _inline(gm: GraphModule, node: Node, function, traced: dict) -> None:
     gm.graph.erase_node(node)
 
 
+def _storages(nodes) -> set[int]:
+    """The memory of what calls make, or of some nodes' values."""
+    return {value(n).untyped_storage()._cdata for n in nodes if n.op != "output" and is_tensor(n) and value(n).layout is torch.strided}
+
+
 def _laid_out_as(gm, node, result):
-    """The result in the strides of the op: softmax of a transposed tensor is contiguous, its parts are not."""
+    """The result in the dtype of the op, since what is kept for a backward is read in it (a norm's statistics on a CPU are of x's), and in its strides: softmax of a transposed tensor is contiguous, its parts are not."""
+    if value(result).dtype != value(node).dtype:
+        narrow = gm.graph.call_function(aten._to_copy.default, (result,), {"dtype": value(node).dtype})
+        narrow.meta = node.meta | {"val": value(result).to(value(node).dtype)}
+        result = narrow
     if [str(n) for n in value(result).stride()] == [str(n) for n in value(node).stride()] or not value(node).is_contiguous():
         return result
     copy = gm.graph.call_function(aten.clone.default, (result,), {"memory_format": torch.contiguous_format})
@@ -161,7 +172,7 @@ def _described(x):
 
 
 def _trace(function, leaves, spec, nodes):
-    """The function's graph for these arguments, None where it cannot be traced (a shape it was not written for)."""
+    """The function's graph for these arguments."""
     def call(*values):
         it = iter(values)
         args, kwargs = torch.utils._pytree.tree_unflatten([next(it) if isinstance(x, Node) else x for x in leaves], spec)

@@ -15,10 +15,14 @@ from torch._functorch._aot_autograd.schemas import MutationType, OutputType, Pla
 from torch._guards import TracingContext
 from torch.fx import GraphModule, Node
 
+from .autocast import as_it_will_run, is_under_autocast, without_autocast
+from .autocast import is_on as autocast_is_on
+
 
 def compile_graph(gm: GraphModule, example_inputs, lower: Callable[[GraphModule, bool], Callable]):
     """Differentiate and functionalise a rewritten graph; ``lower(graph, is_backward)`` turns every resulting graph into a callable."""
     captured = gm.graph.find_nodes(op="placeholder")
+    casts_are_ops = autocast_is_on() and not is_under_autocast(gm)
 
     def compiler(is_backward, is_inference=False):
         def compile_one(graph: GraphModule, inputs):
@@ -27,13 +31,15 @@ def compile_graph(gm: GraphModule, example_inputs, lower: Callable[[GraphModule,
             made = lower(graph, is_backward)
             if (context := TracingContext.try_get()) is not None and context.fw_metadata is not None:
                 context.fw_metadata.bw_donated_idxs = []  # nothing here writes over saved tensors, so backward(retain_graph=True) may run
-            return made if getattr(made, "_boxed_call", False) else make_boxed_func(made)  # an executable takes its arguments as a list, to free them as it goes
+            made = made if getattr(made, "_boxed_call", False) else make_boxed_func(made)  # an executable takes its arguments as a list, to free them as it goes
+            return without_autocast(made) if casts_are_ops else made
 
         return compile_one
 
     backend = aot_autograd(fw_compiler=compiler(False), bw_compiler=compiler(True), inference_compiler=compiler(False, is_inference=True), partition_fn=min_cut_rematerialization_partition,
                            keep_inference_input_mutations=True)  # a written KV cache is an op of the graph (reinplace.py), not a copy around it
-    return backend(gm, example_inputs)
+    with as_it_will_run(gm):
+        return backend(gm, example_inputs)
 
 
 def name_weights(graph: GraphModule, captured: Sequence[Node]) -> None:

@@ -81,6 +81,7 @@ def _not_kept(executables: list, inputs: int, guards: int, degraded: bool) -> st
 def rewrite(gm: GraphModule, example_inputs, options: Options, report: Report) -> GraphModule:
     """Capture a graph and run the passes over it; the report gains a graph."""
     from .. import passes
+    from .autocast import as_it_will_run
     from .capture import cannot_capture, capture
     from .merged_heads import merged_heads
     from .pipeline import run
@@ -96,7 +97,8 @@ def rewrite(gm: GraphModule, example_inputs, options: Options, report: Report) -
     captured = capture(gm, example_inputs)
     label_inputs(gm, captured)
     report.captured.append(_copy(captured))
-    rewritten = run(captured, passes.PIPELINE, options, report)
+    with as_it_will_run(captured):
+        rewritten = run(captured, passes.PIPELINE, options, report)
     if report.detailed and options.int8 is not None:
         from . import int8_choice
 

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy
 
 from . import log
+from .autocast import make_casts_explicit
 from .grad_regions import make_explicit
 from .ir.graph import source_of
 
@@ -118,6 +119,7 @@ def capture(gm: GraphModule, example_inputs) -> GraphModule:
         node.meta["is_static"] = node.meta["is_weight"] or getattr(example, "_dynamo_static_input_type", None) is not None  # a module's buffer, or torch._dynamo.mark_static_address
         node.meta["requires_grad"] = isinstance(example, torch.Tensor) and example.requires_grad
     captured.meta["promised_sizes"] = _promised(mode)
+    captured.meta["under_autocast"] = not make_casts_explicit(captured.graph)
     make_explicit(captured.graph)
     captured.graph.eliminate_dead_code()
     captured.recompile()
@@ -146,6 +148,7 @@ def compiled_frame() -> int | None:
     """Dynamo's number of the function that it is compiling now; None outside of it."""
     found = CompileContext.current_compile_id()
     return found.frame_id if found is not None else None
+
 
 _when_compiled: list = []
 

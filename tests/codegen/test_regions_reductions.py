@@ -43,6 +43,14 @@ def rms(x, w):
     return w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
+def residual_stream(x, y, w):
+    """Equal layers, traced once: each reads the sum that the one before it made, and has to have memory of its own."""
+    for _ in range(3):
+        x = x + y
+        y = rms(x, w)
+    return x, y + torch.arange(64).mul(0.1).cos()  # a constant: what is computed from nothing asks who shares memory
+
+
 def rotate(q, k, positions, frequencies):
     angles = torch.cat([positions[:, None] * frequencies] * 2, -1)
     return [x * angles.cos() + torch.cat([-x[..., 8:], x[..., :8]], -1) * angles.sin() for x in (q, k)]
@@ -54,6 +62,7 @@ W, TABLE, IDS = R(64), R(50, 64), torch.randint(0, 50, (2, 7))
 CASES = {
     "rms norm": (rms, [R(2, 9, 64), W], 1),
     "residual and norm, both results": (lambda x, y, w: (x + y, rms(x + y, w)), [R(2, 9, 64), R(2, 9, 64), W], 1),
+    "a residual stream": (residual_stream, [R(2, 9, 64), R(2, 9, 64), W], 1),
     "Gemma's 1 + w stays inside": (lambda x, w: (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + w.float())).to(x.dtype), [R(2, 9, 64), W], 1),
     "layer norm": (lambda x, w, b: F.layer_norm(x + 1, (64,), w, b) * 2, [R(2, 9, 64), W, W], 1),
     "softmax, last dim": (lambda x: (x * 2).softmax(-1), [R(3, 5, 33)], 1),

@@ -348,6 +348,17 @@ def test_autocast_is_as_near_to_float64_as_eager():
         assert (b - c).abs().max() <= 2 * (a - c).abs().max() + 1e-3 * c.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_of_half_types_keep_statistics_in_the_dtype_that_the_backward_reads(dtype):
+    """On a CPU torch's layer norm saves its mean in x's dtype; two in a row, so that the second one's parts read what the first one's made."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.GELU(), nn.LayerNorm(32), nn.LayerNorm(32)).to(dtype)
+    exact, other, x = copy.deepcopy(module).double(), copy.deepcopy(module), torch.randn(2, 7, 32, dtype=dtype)
+    run, _ = compiled(other, target="auto")
+    for a, b, c in zip(state(module, module, x), state(run, other, x), state(exact, exact, x.double()), strict=True):
+        assert b.dtype == dtype and (b - c).abs().mean() <= 2 * (a - c).abs().mean() + 1e-4 * c.abs().mean()
+
+
 def test_dropout_keeps_its_random_stream_and_modes_switch():
     """torch.compile with kernels against eager: the same seed drops the same elements; eval drops none."""
     class MLP(nn.Module):
