@@ -10,12 +10,12 @@ struct Group {
     int64_t width;     // columns of each
     int64_t block;     // pairs of columns lie within blocks of so many; 1 for none
 
-    // Columns that an epilogue may run over by itself: whole blocks, in panels with the least padding.
-    constexpr int64_t strip(int64_t panel) const {
+    // Columns that an epilogue may run over by itself: whole blocks, in panels with the least padding; as many times those as `most` allows.
+    constexpr int64_t strip(int64_t panel, int64_t most) const {
         int64_t best = block;
         for (int64_t n = 2; n * block <= 256; ++n)
             if (round_up(n * block, panel) * best < round_up(best, panel) * n * block) best = n * block;
-        return best;
+        return best * larger_size(smaller(most, round_up(width, best)) / best, 1);
     }
     // Columns that a thread takes at a time where rows are few: 16 rows of a weight, 48 KiB at K = 768; whole blocks where three times that holds them.
     constexpr int64_t chunk() const {

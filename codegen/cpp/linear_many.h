@@ -4,18 +4,20 @@
 // The products run over lanes of 32 bits, EACH elements along K in one. What a lane holds, how rows and weights get into lanes and what has to be done to
 // sums before they are accumulators, the includer has said: LANES, `add_product`, `make_lanes`, `with_source`, `begin_call`, `begin_strip`, `settle`.
 
+constexpr int PANEL = 2 * VL;                 // columns of a micro-kernel
+constexpr int64_t PACKED = int64_t(1) << 17;  // floats of a packed strip: 512 KiB, half of an L2 cache
+constexpr int64_t strip_of(const Group& group) { return group.strip(PANEL, smaller(STRIP, PACKED / larger_size(LANES * group.slots, 1))); }
+
 // Are there strips whose last panel has one vector of columns? They take half the products.
 constexpr bool has_narrow_panels() {
     bool narrow = false;
     for (const Group& group : GROUPS)
-        for (int64_t width : {group.strip(2 * VL), group.width % group.strip(2 * VL)}) narrow |= width % (2 * VL) != 0 && width % (2 * VL) <= VL;
+        for (int64_t width : {strip_of(group), group.width % strip_of(group)}) narrow |= width % (2 * VL) != 0 && width % (2 * VL) <= VL;
     return narrow;
 }
 constexpr bool NARROW = has_narrow_panels();
 
-constexpr int PANEL = 2 * VL;                   // columns of a micro-kernel
-constexpr int BLOCK_ROWS = VL == 16 ? 12 : 6;   // its rows: 24 sums of AVX-512's 32 registers, 12 of 16
-constexpr int64_t PACKED = int64_t(1) << 17;    // floats of a packed strip: 512 KiB, half of an L2 cache
+constexpr int BLOCK_ROWS = VL == 16 ? 12 : 6;   // rows of a micro-kernel: 24 sums of AVX-512's 32 registers, 12 of 16
 constexpr int64_t Y_FLOATS = int64_t(1) << 22;  // 16 MiB of y at a time; at least 512 rows, for which a strip is packed once
 
 // A lane in all lanes.
@@ -87,7 +89,7 @@ static __attribute__((noinline)) void pack(const Source source, int64_t n, int64
 
 struct Strip {
     int64_t step, slot, depth;  // columns of each weight; the same in whole panels; how much of K is packed at a time
-    explicit Strip(const Group& group) : step(group.strip(PANEL)), slot(round_up(step, PANEL)) {
+    explicit Strip(const Group& group) : step(strip_of(group)), slot(round_up(step, PANEL)) {
         const int64_t fitting = PACKED / (slot * group.slots), parts = (LANES + fitting - 1) / fitting;
         depth = parts <= 1 ? LANES : round_up((LANES + parts - 1) / parts, VL);  // equal parts
     }
@@ -170,11 +172,11 @@ static void many_rows(const Call& call) {
             for (int64_t n = 0; n < strips * parts; ++n) {
                 int g = 0;
                 int64_t at = n % strips;
-                for (; at >= GROUPS[g].parts(GROUPS[g].strip(PANEL)); ++g) at -= GROUPS[g].parts(GROUPS[g].strip(PANEL));
+                for (; at >= GROUPS[g].parts(strip_of(GROUPS[g])); ++g) at -= GROUPS[g].parts(strip_of(GROUPS[g]));
                 const int64_t begin = start + n / strips * part, end = smaller(begin + part, start + rows);
                 if (begin >= end) continue;
                 const float* y = ready ? ready_lanes(call, begin) : made + (begin - start) * LANES_ROW;
-                multiply_strip(call, g, at * GROUPS[g].strip(PANEL), begin, end, y, ready ? call.x_row / EACH : LANES_ROW, shared, packed, sums, floats, outer, rest);
+                multiply_strip(call, g, at * strip_of(GROUPS[g]), begin, end, y, ready ? call.x_row / EACH : LANES_ROW, shared, packed, sums, floats, outer, rest);
             }
         }
     }

@@ -199,7 +199,7 @@ def call_source(captures: Captures, num_sizes: int, outputs: int, weight_dtypes:
 
 
 def finish_source(found: Sequence[Group], spec: Spec) -> str:
-    """``finish``: the epilogues of a group's outputs over the columns [first, first + width) of row i; the sums of its weights are `slot` apart. ``expect``: that they will come."""
+    """``finish``: the epilogues of a group's outputs over the columns [first, first + width) of row i; the sums of its weights are `slot` apart. ``expect``: that they will come, for results and the captures read beside them."""
     lines = ["static void finish(const Call& call, int group, const float* a, int64_t slot, int64_t i, int64_t first, int64_t width, float* scratch) {",
              "    const int64_t p_slot = round_up(width, GRAIN);", "    float* results = scratch + MOST_SLOTS * p_slot;", "    switch (group) {"]
     for number, group in enumerate(found):
@@ -211,8 +211,10 @@ def finish_source(found: Sequence[Group], spec: Spec) -> str:
                       f"                epilogue_{o}(call, i, a, slot, scratch, p_slot, first, width, to);",
                       f"                deliver(call.out[{o}], i, first, width, to);", "            }"]
         lines.append("            break;")
-    lines += ["    }", "}", "// Asks for the cache lines of a group's results in the columns [first, first + width) of row i.",
+    lines += ["    }", "}", "// Asks for the cache lines of a group's results, and of captures at [i, j], in the columns [first, first + width) of row i.",
               "INLINE void expect(const Call& call, int group, int64_t i, int64_t first, int64_t width) {", "    switch (group) {"]
     for number, group in enumerate(found):
-        lines += [f"        case {number}:", *(f"            expect_results(call.out[{o}], i, first, width);" for o in group.outputs), "            break;"]
+        lines += [f"        case {number}:", *(f"            expect_elements<true>(call.out[{o}].data + i * call.out[{o}].row + first, call.out[{o}].column, width);" for o in group.outputs)]
+        beside = dict.fromkeys(e.args[0].name for o in group.outputs for e in sc.loads(spec.epilogue_exprs[o]) if e.args[1:] == (sc.I, sc.J))
+        lines += [*(f"            expect_elements<false>(call.{c} + i * call.{c}_stride[0] + first, call.{c}_stride[1], width);" for c in beside), "            break;"]
     return "\n".join([*lines, "    }", "}", ""])

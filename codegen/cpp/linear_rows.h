@@ -60,6 +60,13 @@ static void make_row(const Call& call, int64_t i, float* to) {
     }
 }
 
+// y of row i, at `to` unless it lies ready.
+INLINE const float* row_of(const Call& call, int64_t i, float* to) {
+    if constexpr (IDENTITY) return widened(call, i, to);
+    make_row(call, i, to);
+    return to;
+}
+
 // May the products read x itself as y? A stride of whole pages is copied, see Y_ROW.
 INLINE bool is_ready(const Call& call, bool one_row) {
     if constexpr (IDENTITY && std::is_same_v<X, float>) return has_unit(call) && (one_row || call.x_row % 256 != 0);
@@ -100,7 +107,9 @@ INLINE void deliver(const Out& out, int64_t i, int64_t first, int64_t width, con
         for (; j + VL <= width; j += VL) write_vector(to + j, load_vector(results + j));
     for (; j < width; ++j) store_element(to + j * out.column, results[j]);
 }
-INLINE void expect_results(const Out& out, int64_t i, int64_t first, int64_t width) {
-    if (OUT_UNIT || out.column == 1)
-        for (int64_t j = 0; j < width; j += int64_t(64 / sizeof(X))) __builtin_prefetch(out.data + i * out.row + first + j, 1, 2);
+// Asks for the cache lines of `width` elements that will be written or read.
+template <bool WRITTEN, class Element>
+INLINE void expect_elements(const Element* from, int64_t column, int64_t width) {
+    if (column == 1)
+        for (int64_t j = 0; j < width; j += int64_t(64 / sizeof(Element))) __builtin_prefetch(from + j, WRITTEN, 2);
 }

@@ -147,4 +147,4 @@ def _edges(relation) -> set[int]:
     if not slope.is_Integer or slope == 0 or not rest.is_Integer:
         return set()
     edge = int(sympy.floor(-rest / slope))
-    return {edge, edge + 1}  # whichever of the two it is: a piece of one column costs little
+    return {t for t in (edge, edge + 1) if relation.subs(STEP, t) != relation.subs(STEP, t - 1)}

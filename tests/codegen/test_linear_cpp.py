@@ -266,8 +266,9 @@ def test_loops_are_cut_where_conditions_change_and_moduli_wrap():
     period, pieces = cut(parse(HALF.format(0), frozenset()), 192)
     assert period == 64 and all(not piece.atoms(sc.where) for *_, piece in pieces)
     assert all({index for load in sc.loads(piece) for index in load.args[2:]} == {STEP} for *_, piece in pieces)
-    covered = [column for low, high, _ in pieces for column in range(low, high)]
-    assert covered == list(range(64))
+    assert [(low, high) for low, high, _ in pieces] == [(0, 32), (32, 64)]
+    for text, stretches in (("where(j <= 4, a0, 0)", [(0, 5), (5, 192)]), ("where(j > 7, a0, 0)", [(0, 8), (8, 192)]), ("where(j == 5, a0, 0)", [(0, 5), (5, 6), (6, 192)]), ("where(2*j < 9, a0, 0)", [(0, 5), (5, 192)])):
+        assert [(low, high) for low, high, _ in cut(parse(text, frozenset()), 192)[1]] == stretches
 
 
 TERMS = ("a0", "a1", "c0[j]", "c1[i, j]", "c1[i, mod(j, 8)]", "c0[mod(j, 5)]", "where(mod(j, 8) < 3, p0, -a1)", "where(j < 13, p1, 2)", "c0[j//4]", "relu(a0)", "where(c2[i] == 1, a0, p0)", "j*0.1", "c0[22 - j]")

@@ -78,6 +78,8 @@ CASES = {
     "groups of 64": Case("float", K=320, group=64), "groups of 128": Case("float", K=256, group=128, **GATED), "groups of 24": Case("float", K=72, group=24), "groups of 5": Case("float", K=65, group=5),
     "static columns": Case("mixed", has_columns=True, K=130), "static columns beside a threshold": Case("mixed", has_columns=True, threshold=0.5, **NORMED),
     "many outliers": Case("mixed", threshold=0.3, K=512, N=(300,)), "few outliers": Case("mixed", threshold=3.8, K=512, N=(300,)),
+    "strips and a part, gated": Case("int8", K=70, **GATED | dict(N=(300, 300))), "heads of 96": Case("mixed", K=70, threshold=2.0, **QKV | dict(N=(288, 96, 96), epilogues=tuple(e.replace("64", "96").replace("32", "48") for e in QKV["epilogues"]), pairs=(96, 48, 96, 48, 0, 0), captures=(floats("K"), floats("M", 96), floats("M", 96)))),
+    "a residual of one row, of steps": Case("int8", ("a0 + c0[i, j]*c1[i, j]",), N=(300,), captures=(lambda M, K, N: torch.randn(1, N).expand(M, N), lambda M, K, N: torch.randn(M, 2 * N)[:, ::2])),
     "long, int8": Case("int8", K=20000, N=(40,)), "long, mixed": Case("mixed", K=20000, N=(40,), threshold=4.0), "long, float": Case("float", K=20000, N=(40,)),
 }
 
