@@ -58,6 +58,7 @@ class _Writer(Vocabulary):
         self.inline: set[Node] = set()
         self.virtual: dict[Node, Node] = {}
         self.kept: set[Node] = set()  # variables that are not deleted
+        self.together: set[Node] = set()  # calls whose results are read as name[k]
         self.inner: dict[sympy.Symbol, str] = {}  # names of those that become known on the way
         entry = symbols_of(self.graph)
         self.inherited = {id(p.home) for p in self.live.planned.values() if p.storage is not None}
@@ -148,6 +149,10 @@ class _Writer(Vocabulary):
                 self.kept |= {node, planned.node}
                 if planned.node in self.prepared:
                     self.prepared.add(node)
+        elif is_getitem(node) and node.args[0] in self.together:
+            self.names[node] = f"{self.names[node.args[0]]}[{node.args[1]}]"
+            self.known_layout.add(node)
+            self.kept.add(node)
         elif (node, 0) in self.live.planned and self._is_provided(self.live.planned[(node, 0)]):
             self._call_into(node, self.live.planned[(node, 0)])
         elif is_view(node) and isinstance(node.args[0], Node) and node.args[0] in self.prepared and self._is_fixed(node):
@@ -169,6 +174,10 @@ class _Writer(Vocabulary):
                 made_by = node.args[0].target if is_getitem(node) else node.target
                 if getattr(made_by, "has_known_layout", False) and is_tensor(node):
                     self.known_layout.add(node)
+                if hasattr(node.target, "members"):  # the values are held anyway, as the weights are: no variable each, and none to delete
+                    self.together.add(node)
+                    self.kept |= {node, *node.args}
+                    text += f"  # {', '.join(folded.__name__ for folded, _ in node.target.members)}"
                 if isinstance(value(node), torch.SymInt) and size(value(node)).is_Symbol:
                     self.inner.setdefault(size(value(node)), self.names[node])
             self.body.append(text)

@@ -10,9 +10,9 @@ from ..codegen.liveness import Liveness
 from ..runtime.cuda_graphs import CudaGraphs
 from . import log
 from .errors import UnsupportedError
-from .folded import Folded
 from .ir.graph import is_tensor, value
 from .ir.lowered import is_launch
+from .kept_together import KeptTogether, keep_together
 from .load import load
 
 
@@ -22,6 +22,7 @@ def assemble(gm: GraphModule, cuda_graphs: bool = False) -> Callable:
     cuda_graphs: replay it as one launch once its shapes repeat; where no input is a CUDA tensor that changes nothing. ``executable.text`` is the Text it was made of, ``executable.workspaces`` the memory it keeps (None if it needs none),
     ``executable.launches`` the Launches.
     """
+    keep_together(gm)
     try:
         text = write(gm)
     except UnsupportedError as error:
@@ -32,6 +33,6 @@ def assemble(gm: GraphModule, cuda_graphs: bool = False) -> Callable:
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     if cuda_graphs and any(is_tensor(n) and value(n).device.type == "cuda" for n in inputs):
         written = Liveness(gm.graph).written
-        kept = [(n.target, [inputs.index(a) for a in n.args]) for n in gm.graph.nodes if isinstance(n.target, Folded)]
+        kept = [(n.target, [inputs.index(a) for a in n.args]) for n in gm.graph.nodes if isinstance(n.target, KeptTogether)]
         return CudaGraphs(run, [k for k, n in enumerate(inputs) if (n, 0) in written], kept)
     return run

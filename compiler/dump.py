@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from ..codegen.executable import write
 from .ir.graph import source_of, value
+from .kept_together import keep_together
 from .lower import choose, put
 from .options import Options
 from .place import Placer
@@ -201,6 +202,7 @@ def _executable(gm: GraphModule, options: Options) -> str:
         put(placer, choice, {c.kernel.source: _Shown() for c in choices if c.kernel is not None})
     lowered.graph.eliminate_dead_code()
     reinplace(lowered)
+    keep_together(lowered)
     return write(lowered).source.strip()
 
 

@@ -110,16 +110,17 @@ def _made(recipe: list, launchers: Sequence[CppLauncher]):
         return resolve(rest[0])
     if kind == "constant":
         return _Constant(*rest)
-    if kind == "folded":
-        return _folded(*rest)
+    if kind == "kept":
+        return _kept(rest[0])
     raise ValueError(f"recipe {kind!r}")
 
 
-def _folded(rows: list, name: str, sources: list[str], layouts: list, nbytes: int):
+def _kept(members: list):
     from .folded import Folded
     from .graph_json import read
+    from .kept_together import KeptTogether
 
-    return Folded(read(rows), name, sources, [(tuple(shape), tuple(strides)) for shape, strides in layouts], nbytes)
+    return KeptTogether([(Folded(read(rows), name, sources, [(tuple(shape), tuple(strides)) for shape, strides in layouts], nbytes), places) for rows, name, sources, layouts, nbytes, places in members])
 
 
 class _Constant:
@@ -185,8 +186,8 @@ def _libraries(kernels: list[Kernel]) -> list[list[str]]:
 def _recipe(name: str, x, launches: list, kernels: list[Kernel]) -> list:
     """How `_made` makes this object again."""
     from .constants import Constant
-    from .folded import Folded
     from .graph_json import written
+    from .kept_together import KeptTogether
 
     for launch in launches:
         if getattr(launch.launcher, "entry", None) is x and x is not None:
@@ -200,8 +201,8 @@ def _recipe(name: str, x, launches: list, kernels: list[Kernel]) -> list:
         return ["op", str(x)]
     if type(x) is Constant:
         return ["constant", *_content(x())]
-    if type(x) is Folded:
-        return ["folded", written(x.graph), x.name, list(x.sources), x.layouts, x.bytes]
+    if type(x) is KeptTogether:
+        return ["kept", [[written(f.graph), f.name, list(f.sources), f.layouts, f.bytes, list(places)] for f, places in x.members]]
     raise NotKept(f"{name}, a {type(x).__name__}")
 
 

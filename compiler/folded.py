@@ -1,7 +1,7 @@
 """Weights that are computed from weights: kept between calls, and made again when what they were made of changes.
 
 `W + scale B A`, a cast under autocast, int8 rows and their scales: in an inference graph they depend on weights alone, so a call needs not compute them.
-`fold_weights` replaces them by a `Folded`, which is called with the weights and returns the kept value if, for every one of them, all of this is as it was:
+`fold_weights` replaces them by a `Folded`, which is called with the weights and returns the kept value if, for every one of them, all of this is as it was (watched.py):
 
     the tensor (a weak reference to it), its storage (a weak reference too: an address may be used again, a storage that is referred to is not),
     its address, shape, strides, dtype and version; and, on a CPU, 8 of its elements, spread over it
@@ -18,60 +18,22 @@ Nothing here is done in graphs that train.
 """
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from collections.abc import Sequence
 
-import numpy
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..codegen.liveness import Liveness, is_view
 from . import log
 from .ir.graph import computed_from, value
 from .ir.weights import is_getitem, is_pure
+from .watched import Seen
 
 LEAST = 1 << 15  # elements read and written: what is less takes no longer than to ask whether it is still right (about a microsecond a weight)
 GROWTH = 2  # a kept value has at most so many times the bytes of its sources: dequantised int8 weights would undo what they are for
-SAMPLES = 8  # each is a line of memory that is not in the cache: 32 took 3 us a weight, as long as all the rest
-
-
-class _Seen:
-    """One weight as it was when a value was computed from it."""
-
-    __slots__ = ("reference", "address", "version", "shape", "strides", "dtype", "storage", "storage_id", "sample", "elements")
-
-    def __init__(self, w: torch.Tensor, reference):
-        storage = w.untyped_storage()
-        self.reference, self.address, self.version, self.shape, self.strides, self.dtype = reference, w.data_ptr(), w._version, w.shape, w.stride(), w.dtype
-        self.storage, self.storage_id = StorageWeakRef(storage), storage._cdata
-        self.sample = _sample(w)
-        self.elements = self.sample.tobytes() if self.sample is not None else None
-
-    def differs(self, w: torch.Tensor) -> bool:
-        return (self.reference() is not w or w.data_ptr() != self.address or w._version != self.version or w.untyped_storage()._cdata != self.storage_id
-                or w.shape != self.shape or w.stride() != self.strides or w.dtype is not self.dtype or (self.sample is not None and self.sample.tobytes() != self.elements))
-
-
-class _Memory:
-    """What numpy is told of a piece of memory; it holds nothing alive, `_Seen.differs` looks only at memory that the weight still has."""
-
-    def __init__(self, address: int, count: int, step: int, itemsize: int):
-        self.__array_interface__ = {"data": (address, True), "shape": (count,), "strides": (step * itemsize,), "typestr": f"|V{itemsize}", "version": 3}
-
-
-def _sample(w: torch.Tensor) -> numpy.ndarray | None:
-    """SAMPLES elements of a weight in a CPU's memory, as bytes, evenly spread over rows and columns; all of it if it is small, None elsewhere."""
-    n = w.numel()
-    if w.device.type != "cpu" or n == 0 or 1 + sum((s - 1) * abs(t) for s, t in zip(w.shape, w.stride())) != n:
-        return None
-    step = max(1, n // SAMPLES)
-    while step > 1 and any(math.gcd(step, t) > 1 for t in w.stride() if t > 1):  # else all of them were of a few columns
-        step -= 1
-    return numpy.asarray(_Memory(w.data_ptr(), 1 + (n - 1) // step, step, w.element_size()))
 
 
 class _Kept:
@@ -80,11 +42,24 @@ class _Kept:
     def __init__(self, sources: Sequence[torch.Tensor]):
         self._references = tuple(weakref.ref(w, self._gone) for w in sources)
         self._lock = threading.Lock()
-        self._state: tuple[tuple[_Seen, ...], object] | None = None  # one assignment: another thread sees all of it or nothing
+        self._state: tuple[Seen, object] | None = None  # one assignment: another thread sees all of it or nothing
+        self._readers: list[weakref.ref[_Values]] = []
         self.times = 0  # that it was computed
 
+    def _set(self, state: tuple[Seen, object] | None) -> None:
+        self._state = state
+        for reader in self._readers.copy():  # takes no lock: weights go at any time, in any thread
+            if (values := reader()) is not None:
+                values.drop()
+
     def _gone(self, _) -> None:
-        self._state = None
+        self._set(None)
+
+    def tell(self, values: _Values) -> None:
+        """Have them dropped when this value goes."""
+        with self._lock:
+            if all(r() is not values for r in self._readers):
+                self._readers = [r for r in self._readers if r() is not None] + [weakref.ref(values)]
 
     @property
     def is_dead(self) -> bool:
@@ -97,16 +72,14 @@ class _Kept:
     def forget(self) -> None:
         """Hold nothing, not even weak references to the weights; the next call makes another one."""
         with self._lock:
-            self._state, self._references = None, ()
+            self._references = ()
+            self._set(None)
 
     def current(self, sources: Sequence[torch.Tensor]):
         """The value, if it is still right; else None."""
-        state = self._state
-        if state is None:
+        state, references = self._state, self._references
+        if state is None or not references or any(r() is not w for r, w in zip(references, sources)) or not state[0].is_same(sources):
             return None
-        for seen, w in zip(state[0], sources):
-            if seen.differs(w):
-                return None
         return state[1]
 
     def make(self, sources: Sequence[torch.Tensor], compute):
@@ -115,9 +88,9 @@ class _Kept:
                 return known
             if not self._references:  # forgotten meanwhile
                 return compute(*sources)
-            seen = tuple(map(_Seen, sources, self._references))  # before it is computed: a write meanwhile is seen at the next call
+            seen = Seen(sources)  # before it is computed: a write meanwhile is seen at the next call
             made = compute(*sources)
-            self._state = seen, made
+            self._set((seen, made))
             self.times += 1
             return made
 
@@ -189,22 +162,23 @@ class Folded:
     has_known_layout = True  # for codegen/executable.py
 
     def __call__(self, *weights: torch.Tensor):
+        return self.value(weights)[0]
+
+    def value(self, weights: Sequence[torch.Tensor]) -> tuple[object, _Kept | None]:
+        """The value, and who keeps it; None where nobody does."""
         kept = self._by_weights.get(tuple(map(id, weights)))
         if kept is not None and (known := kept.current(weights)) is not None:
-            return known
-        return self._make(weights)
-
-    def _make(self, weights):
+            return known, kept
         if any(w.is_inference() for w in weights):
             if not self._said:
                 log.get("runtime").warning("%s: weights made under torch.inference_mode() have no version, so that it is computed at every call; load the model outside of it", self.__name__)
             self._said = True
-            return self._compute(*weights)
+            return self._compute(*weights), None
         _watch_optimizers()
         kept = _kept(self.key, weights)
         with _lock:
             self._by_weights = {ids: k for ids, k in self._by_weights.items() if not k.is_dead} | {tuple(map(id, weights)): kept}
-        return kept.make(weights, self._compute)
+        return kept.make(weights, self._compute), kept
 
     def _compute(self, *weights):
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
