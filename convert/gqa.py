@@ -11,11 +11,12 @@ from torch.utils._pytree import tree_map
 from ..compiler.errors import ConversionError, OptionError
 from ..compiler.ir.head_groups import group_heads
 from ..compiler.ir.head_merge import METHODS, Heads, merge_layer, ratio, refit_output, similarity
-from .int8_modules import Int8Linear
+from .flow import Flow, trace
+from .linears import refuse_int8
 from .observe import Inputs, Stop, calibration_inputs, evaluating, hooked, probe_calls, random_inputs, run
-from .probe import Gauge, attention_received, cast, find_gauge, isolated
+from .probe import Gauge, attention_received, cast, find_gauge, isolated, settled
 from .report import ConversionReport, LayerReport
-from .sites import Site, find_sites, read, restate, write
+from .sites import Site, find_sites, owners, read, restate, restate_configs, write
 from .undo import configs_of, taken_back
 
 
@@ -66,24 +67,28 @@ def to_gqa(model: nn.Module, num_kv_heads: int, calibration: Tensor | Mapping[st
         raise ConversionError(f"num_kv_heads is {num_kv_heads!r}, expected an int of at least 1")
     if refit and calibration is None:
         raise ConversionError("refit=True needs calibration tokens", cure="pass calibration=tokens")
-    if (name := next((name for name, m in model.named_modules() if isinstance(m, Int8Linear)), None)) is not None:
-        raise ConversionError("it is int8 already: merging would round its weights a second time", where=name, cure="to_gqa first, then quantize_")
-    sites = find_sites(model)
+    refuse_int8(model, ": merging would round its weights a second time", "to_gqa first, then quantize_")
+    inputs = None if calibration is None else calibration_inputs(model, calibration)
+    # Random tokens also where there is calibration: text can be one token over and over, and then every layout looks right.
+    trial = inputs.map(lambda x: x[:2]) if inputs and inputs.kwargs else random_inputs(model)
+    sites = find_sites(model, watch=lambda: _watched(model, trial))
     for site in sites:
         if site.kv_heads % num_kv_heads:
             raise ConversionError(f"{num_kv_heads} KV heads do not divide its {site.kv_heads}", where=site.name,
                                   cure=f"choose one of {', '.join(str(n) for n in range(1, site.kv_heads + 1) if site.kv_heads % n == 0)}")
-    inputs = None if calibration is None else calibration_inputs(model, calibration)
     with evaluating(model), torch.no_grad():
-        # Random tokens also where there is calibration: text can be one token over and over, and then every layout looks right.
-        trial = inputs.map(lambda x: x[:2]) if inputs and inputs.kwargs else random_inputs(model)
         calls = probe_calls(model, sites, trial)
-        sites = sorted(sites, key=lambda site: [*calls].index(site.name))  # in order of execution
+        sites = [settled(site, calls[site.name]) for site in sorted(sites, key=lambda site: [*calls].index(site.name))]  # in order of execution
         refit = (method == "data" and calibration is not None) if refit is None else refit
         plan = Plan(num_kv_heads, method, max_residual, refit, seed, {s.name: find_gauge(s, calls[s.name]) for s in sites})
         fits = [_limited(_fit(site, plan), plan) for site in sites] if inputs is None else _fit_calibrated(model, sites, inputs, plan)
         _swap(model, fits, num_kv_heads, trial)
     return ConversionReport([fit.report for fit in fits], method, num_kv_heads, inputs.tokens if inputs else 0)
+
+
+def _watched(model: nn.Module, trial: Inputs) -> Flow:
+    with evaluating(model), torch.no_grad():
+        return trace(model, trial)
 
 
 def _fit(site: Site, plan: Plan, second_moment: Tensor | None = None) -> Fit:
@@ -115,7 +120,7 @@ def _limited(fit: Fit, plan: Plan) -> Fit:
     if plan.max_residual is not None and not old.residual <= plan.max_residual:
         note = f"skipped: residual over {plan.max_residual:g}"
         return Fit(site, None, _layer(site, [[i] for i in range(site.kv_heads)], old.key_error, old.value_error, old.residual, False, note))
-    dtype = getattr(site.module, site.output).weight.dtype
+    dtype = site.dtype
     return replace(fit, heads=replace(fit.heads, **{name: getattr(fit.heads, name).to(dtype) for name in "qkvo"}))
 
 
@@ -131,7 +136,7 @@ def _fit_calibrated(model: nn.Module, sites: list[Site], inputs: Inputs, plan: P
     def fit_and_continue(site: Site, args: tuple, kwargs: dict, output: object) -> object:
         x, target, same_input = second(seen["x"]).double(), first(seen["y"]), second(seen["y"])
         twin = isolated(site.module, torch.promote_types(seen["x"].dtype, torch.float32))
-        args, kwargs = (cast(given, getattr(twin, site.output).weight.dtype) for given in (args, kwargs))
+        args, kwargs = (cast(given, site.linear(site.output, twin).weight.dtype) for given in (args, kwargs))
         queries = seen["x"].new_ones(seen["x"].shape[:2]) if inputs.keep is None else torch.cat([inputs.keep, inputs.keep])
         # Keys that are looked at count more, half by attention and half evenly: the first token takes most of it in trained models, is one of
         # hundreds in a plain mean, and a head that loses it is lost (perplexity 82 against 112 without).
@@ -142,8 +147,8 @@ def _fit_calibrated(model: nn.Module, sites: list[Site], inputs: Inputs, plan: P
             fits.append(fit)
             return output
         write(site, twin, fit.heads)
-        restate(getattr(twin, "config", None), site, plan.num_kv_heads)
-        out = getattr(twin, site.output)
+        restate_configs(site, twin, plan.num_kv_heads)
+        out = site.linear(site.output, twin)
         if plan.refit:
             def refit(module, given):
                 goal = target.double() - (0 if module.bias is None else module.bias.double())
@@ -168,8 +173,8 @@ def _fit_calibrated(model: nn.Module, sites: list[Site], inputs: Inputs, plan: P
                     raise Stop
                 return result
 
-            keep(getattr(site.module, site.k.child).register_forward_pre_hook(lambda module, args: seen.__setitem__("x", args[0])))
-            keep(getattr(site.module, site.output).register_forward_hook(lambda module, args, output: seen.__setitem__("y", output)))
+            keep(site.linear(site.k.child).register_forward_pre_hook(lambda module, args: seen.__setitem__("x", args[0])))
+            keep(site.linear(site.output).register_forward_hook(lambda module, args, output: seen.__setitem__("y", output)))
             keep(site.module.register_forward_hook(after, with_kwargs=True))
         run(model, both)
     return fits
@@ -185,7 +190,7 @@ def _swap(model: nn.Module, fits: list[Fit], num_kv_heads: int, trial: Inputs) -
     configs = configs_of(model, [fit.site.name for fit in fits])
     uniform = all(fit.report.kv_heads_after == num_kv_heads for fit in fits)
     try:
-        with taken_back([*configs, *(fit.site.module for fit in fits)], [getattr(fit.site.module, child) for fit in fits for child in fit.site.children]):
+        with taken_back([*configs, *(m for fit in fits for m in owners(fit.site.module, fit.site.children))], [fit.site.linear(child) for fit in fits for child in fit.site.children]):
             for fit in fits:
                 if fit.heads is None:
                     continue

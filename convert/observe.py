@@ -136,7 +136,7 @@ def probe_calls(model: nn.Module, sites: list[Site], inputs: Inputs) -> dict[str
 
             keep(site.module.register_forward_pre_hook(at_module, with_kwargs=True))
             for child in site.children:
-                keep(getattr(site.module, child).register_forward_pre_hook(lambda m, a, f=at_child, n=site.name, c=child: f(m, a, n, c)))
+                keep(site.linear(child).register_forward_pre_hook(lambda m, a, f=at_child, n=site.name, c=child: f(m, a, n, c)))
         try:
             run(model, inputs)
         except Exception as error:

@@ -55,27 +55,47 @@ def first_tensor(output: object) -> Tensor:
     return output if isinstance(output, Tensor) else next(x for x in output if isinstance(x, Tensor))
 
 
+class _Trial:
+    """An attention module, run on what it was given with other heads: is its output the same?"""
+
+    def __init__(self, site: Site, call: Call):
+        self.site, self.twin, self.chance = site, isolated(site.module, torch.float64), torch.Generator().manual_seed(0)
+        self.args, self.kwargs = cast(call.args, torch.float64), cast(call.kwargs, torch.float64)
+        self.base = sharpened(read(site, self.twin), call.x)
+        self.expected = self._run(self.base)
+
+    def _run(self, heads: Heads) -> Tensor:
+        write(self.site, self.twin, heads)
+        return first_tensor(self.twin(*self.args, **self.kwargs))
+
+    def same(self, heads: Heads) -> bool:
+        return bool(torch.linalg.vector_norm(self._run(heads) - self.expected) <= SAME * torch.linalg.vector_norm(self.expected))
+
+    def turns(self, *shape: int) -> Tensor:
+        """Random matrices with singular values in 0.5..2: invertible, and no rotation."""
+        u, _, vh = torch.linalg.svd(torch.randn(shape, generator=self.chance, dtype=torch.float64).to(self.base.q.device))
+        return u * torch.empty(shape[:-1], dtype=torch.float64).uniform_(0.5, 2, generator=self.chance).to(u.device)[..., None, :] @ vh
+
+    def over_queries(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(self.base.n_rep, 0)
+
+    def frees_values(self) -> bool:
+        """Does another basis of the values, with the output projection turned back, change nothing?"""
+        a = self.turns(self.site.kv_heads, self.site.dv, self.site.dv)
+        return self.same(replace(self.base, v=a @ self.base.v, o=self.base.o @ self.over_queries(a.inverse())))
+
+
+def settled(site: Site, call: Call) -> Site:
+    """The site with the layout that its stacked projection has: queries, keys, values one after the other, or head by head (GPT-NeoX, BLOOM); as it is where neither fits."""
+    candidates = [site, replace(site, packed=True)] if site.q.child == site.k.child else []
+    return next((c for c in candidates if _Trial(c, call).frees_values()), site)
+
+
 def find_gauge(site: Site, call: Call) -> Gauge:
     """Raises ConversionError, naming the layer, if values or keys have no gauge known here."""
-    twin, chance = isolated(site.module, torch.float64), torch.Generator().manual_seed(0)
-    args, kwargs = cast(call.args, torch.float64), cast(call.kwargs, torch.float64)
-    base = sharpened(read(site, twin), call.x)
-    run = lambda heads: (write(site, twin, heads), first_tensor(twin(*args, **kwargs)))[1]
-    expected = run(base)
-
-    def same(heads: Heads) -> bool:
-        return bool(torch.linalg.vector_norm(run(heads) - expected) <= SAME * torch.linalg.vector_norm(expected))
-
-    def turns(*shape: int) -> Tensor:
-        """Random matrices with singular values in 0.5..2: invertible, and no rotation."""
-        u, _, vh = torch.linalg.svd(torch.randn(shape, generator=chance, dtype=torch.float64).to(base.q.device))
-        return u * torch.empty(shape[:-1], dtype=torch.float64).uniform_(0.5, 2, generator=chance).to(u.device)[..., None, :] @ vh
-
-    def over_queries(x: Tensor) -> Tensor:
-        return x.repeat_interleave(base.n_rep, 0)
-
-    a = turns(site.kv_heads, site.dv, site.dv)
-    if not same(replace(base, v=a @ base.v, o=base.o @ over_queries(a.inverse()))):
+    trial = _Trial(site, call)
+    base, chance, same, turns, over_queries = trial.base, trial.chance, trial.same, trial.turns, trial.over_queries
+    if not trial.frees_values():
         raise ConversionError("another basis of the values changes its output: a norm, cap or gate stands between values and output, or query head h does not read KV head "
                               f"h // {site.heads // site.kv_heads}", where=site.name, cure="such attention is not converted")
     a = turns(site.kv_heads, site.d, site.d)
@@ -107,15 +127,16 @@ def attention_received(site: Site, twin: nn.Module, args: tuple, kwargs: dict, q
         seen["v"] = result.detach().requires_grad_()
         return seen["v"]
 
-    handles = (getattr(twin, site.v.child).register_forward_hook(values),
-               getattr(twin, site.output).register_forward_pre_hook(lambda module, given: seen.__setitem__("context", given[0])))
+    handles = (site.linear(site.v.child, twin).register_forward_hook(values),
+               site.linear(site.output, twin).register_forward_pre_hook(lambda module, given: seen.__setitem__("context", given[0])))
     with torch.enable_grad():
         twin(*args, **kwargs)
         of_one = seen["context"].unflatten(-1, (site.heads, site.dv))[..., 0].sum(-1).mul(queries).sum()
     for handle in handles:
         handle.remove()
-    by_value = torch.autograd.grad(of_one, seen["v"])[0][..., site.v.start:site.v.stop]
-    return by_value.unflatten(-1, (site.kv_heads, site.dv))[..., 0].sum(-1, keepdim=True)
+    by_value = torch.autograd.grad(of_one, seen["v"])[0]
+    by_value = by_value.unflatten(-1, (site.kv_heads, -1))[..., -site.dv] if site.packed else by_value[..., site.v.start:site.v.stop].unflatten(-1, (site.kv_heads, site.dv))[..., 0]
+    return by_value.sum(-1, keepdim=True)
 
 
 def _layouts(d: int, device: torch.device) -> list[Tensor]:

@@ -10,11 +10,13 @@ from torch.utils._pytree import tree_leaves
 
 from ..compiler.errors import ConversionError
 from ..compiler.ir.head_merge import Heads
-from .channels import WIDTHS, Mlp, dead_channels, find_mlps, keep_channels, watched
+from .channels import Mlp, dead_channels, find_mlps, keep_channels, restate_width, watched
+from .flow import Flow, trace
+from .linears import check_unshared, refuse_int8
 from .observe import Inputs, evaluating, probe_calls, random_inputs
-from .probe import SAME, cast, first_tensor, isolated, sharpened
+from .probe import SAME, cast, first_tensor, isolated, settled, sharpened
 from .report import PruneReport, PrunedLayer
-from .sites import Site, check_unshared, find_sites, read, restate, restate_count, write
+from .sites import Site, find_sites, owners, read, restate, restate_configs, write
 from .undo import configs_of, taken_back
 
 _SAME_OUTPUT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # sums in another order; a live head or channel is far more
@@ -38,23 +40,30 @@ def prune(model: nn.Module, structured: bool = False) -> PruneReport:
     structured: False: every layer gets as small as it can; layers may then differ, which the config of a Hugging Face model cannot say: report.reloads is
                 False and the model lives in memory alone.
                 True: all layers keep equal numbers (KV heads, n_rep, channels), those of the fullest; the config says so, and the checkpoint reloads
-                wherever its config states the head dim apart from the number of heads (Llama's and most since; not OPT's or MPT's).
+                wherever its config states the head dim apart from the number of heads (Llama's and most since; not BERT's, GPT-2's, OPT's or MPT's, whose MLPs alone reload: report.why_not).
+    Heads and channels are found by what the model does when it runs (flow.py), in whatever modules, as nn.Linear or GPT-2's Conv1D, queries, keys and values in one layer or three. Linear layers whose channels
+    are read all at once (by a norm, say), and latent attention, stay: report.left_out.
     W_O,h W_V,h counts as zero where it is below what rounding the weights makes of zero. A bias of the values counts as a column of W_V.
 
     Optimizers hold the old parameters: make them after pruning. Raises ConversionError, naming the layer where it is one's, and leaves the model as it was, if
     there is nothing that could be pruned (no attention, no MLP found), if weights are quantised, sharded or shared, or if the smaller model computes something
     else: heads that know their number (ALiBi, sinks), a norm over all of them.
     """
-    sites, mlps = find_sites(model, turned=False), find_mlps(model)
-    if not sites and not mlps:
-        raise ConversionError(f"{type(model).__name__} has no attention and no MLP that is known here", cure="convert/sites.py and convert/channels.py list the names of children they are found by")
-    check_unshared(model, [(mlp.name, mlp.module, mlp.children) for mlp in mlps])
+    refuse_int8(model, ": what is dead was decided when it was rounded", "prune first, then quantize_")
     before = sum(p.numel() for p in model.parameters())
     with evaluating(model), torch.no_grad():
+        flow: list[Flow] = []  # seen once what is known by its names is known to be sound
         trial = random_inputs(model)
+        sites = find_sites(model, turned=False, watch=lambda: flow.append(trace(model, trial)) or flow[0])
+        mlps = find_mlps(model, flow[0])
+        if not sites and not mlps:
+            raise ConversionError(f"{type(model).__name__} has no attention and no MLP whose heads and channels could be told apart"
+                                  + "".join(f"; {name}: {why}" for name, why in [*flow[0].left_out.items()][:3]), cure="convert/flow.py says how they are found: between linear layers, channel by channel")
+        check_unshared(model, [(mlp.name, mlp.module, mlp.children) for mlp in mlps])
         calls = probe_calls(model, sites, trial)
+        sites = [settled(site, calls[site.name]) for site in sites]
         silent = watched(model, mlps, trial)
-        channels = [(mlp, ~dead_channels(mlp, silent.get(mlp.name))) for mlp in mlps]
+        channels = [(mlp, ~dead_channels(mlp, silent.get(mlp.key))) for mlp in mlps]
         kept = _equal_heads(sites, [_live(site) for site in sites], structured)
         widths = _equal_widths(channels, structured)
         for layer in kept:
@@ -62,8 +71,9 @@ def prune(model: nn.Module, structured: bool = False) -> PruneReport:
                 _check_heads(layer, calls[layer.site.name])
         _swap(model, kept, [(mlp, _filled(live, n)) for (mlp, live), n in zip(channels, widths)], trial)
     layers = [PrunedLayer(x.site.name, "heads", x.site.heads, len(sum(x.heads, [])), x.site.kv_heads, len(x.groups)) for x in kept]
-    layers += [PrunedLayer(mlp.name, "channels", mlp.width, n) for mlp, n in zip(mlps, widths)]
-    return PruneReport(layers, before, sum(p.numel() for p in model.parameters()), structured, _reloads(model))
+    layers += [PrunedLayer(mlp.name or mlp.key, "channels", mlp.width, n) for mlp, n in zip(mlps, widths)]
+    return PruneReport(layers, before, sum(p.numel() for p in model.parameters()), structured, *_reloads(model), flow[0].left_out | {a.output: "an attention whose queries, keys and values are not one linear layer each, or one for all (latent or shared KV)" for a in flow[0].attentions
+                                                                                                                                   if a.output not in {f"{s.name}.{s.output}".lstrip(".") for s in sites}})
 
 
 # ---------------------------------------------------------------- what does nothing
@@ -72,7 +82,7 @@ def prune(model: nn.Module, structured: bool = False) -> PruneReport:
 def _live(site: Site) -> list[list[int]]:
     """For every KV head its query heads whose o v is not zero."""
     heads = read(site, site.module)
-    eps = torch.finfo(getattr(site.module, site.output).weight.dtype).eps
+    eps = torch.finfo(site.dtype).eps
     norm = torch.linalg.matrix_norm
     values = heads.v.repeat_interleave(heads.n_rep, 0)
     alive = ~(norm(heads.o @ values) <= 4 * eps * norm(heads.o) * norm(values))  # NaN is alive
@@ -129,10 +139,10 @@ def _check_heads(layer: _Kept, call) -> None:
     expected = first_tensor(twin(*args, **kwargs))
     try:
         write(site, twin, _chosen(heads, layer))
-        restate(getattr(twin, "config", None), site, len(layer.groups), len(sum(layer.heads, [])))
+        restate_configs(site, twin, len(layer.groups), len(sum(layer.heads, [])))
         error = torch.linalg.vector_norm(first_tensor(twin(*args, **kwargs)) - expected)
     except Exception as failure:
-        raise ConversionError(f"its code does not run with fewer heads: {failure}", where=site.name, cure="such attention is not pruned") from failure
+        raise ConversionError(f"its code does not run with fewer heads, whose number is known outside of it (ALiBi, a bias of positions): {failure}", where=site.name, cure="such attention is not pruned") from failure
     if not error <= SAME * torch.linalg.vector_norm(expected):
         raise ConversionError("without its dead heads it computes something else: its heads know their number (ALiBi, sinks), or a norm runs over all of them", where=site.name,
                               cure="such attention is not pruned")
@@ -144,7 +154,7 @@ def _swap(model: nn.Module, kept: list[_Kept], channels: list[tuple[Mlp, Tensor]
     configs = configs_of(model, [name for name, _, _ in places])
     expected = _result(model, trial)
     try:
-        with taken_back([*configs, *(module for _, module, _ in places)], [getattr(module, child) for _, module, children in places for child in children]):
+        with taken_back([*configs, *(m for _, module, children in places for m in owners(module, children))], [module.get_submodule(child) for _, module, children in places for child in children]):
             for layer in kept:
                 if len(sum(layer.heads, [])) < layer.site.heads:
                     write(layer.site, layer.site.module, _chosen(read(layer.site, layer.site.module), layer))
@@ -155,7 +165,7 @@ def _swap(model: nn.Module, kept: list[_Kept], channels: list[tuple[Mlp, Tensor]
                 if len({(len(x.groups), len(sum(x.heads, []))) for x in kept}) == 1:
                     restate(config, kept[0].site, len(kept[0].groups), len(sum(kept[0].heads, [])))
                 if len({len(numbers) for _, numbers in channels}) == 1:
-                    restate_count(config, WIDTHS, channels[0][0].width, len(channels[0][1]))
+                    restate_width(config, channels[0][0].width, len(channels[0][1]))
             error = torch.linalg.vector_norm((_result(model, trial) - expected).double())
             if not error <= _SAME_OUTPUT[expected.dtype] * torch.linalg.vector_norm(expected.double()):
                 raise ConversionError(f"without dead heads and channels {type(model).__name__} computes something else, it was left as it was",
@@ -171,13 +181,15 @@ def _result(model: nn.Module, inputs: Inputs) -> Tensor:
     return next(x for x in tree_leaves(model(*inputs.args, **(inputs.kwargs or {}))) if isinstance(x, Tensor) and x.is_floating_point())
 
 
-def _reloads(model: nn.Module) -> bool | None:
-    """Does a model made anew from the config have weights of these shapes? None where it has no config, or cannot be made from it alone."""
+def _reloads(model: nn.Module) -> tuple[bool | None, str]:
+    """Does a model made anew from the config have weights of these shapes? None where it has no config, or cannot be made from it alone. And a weight that has not."""
     if getattr(model, "config", None) is None:
-        return None
+        return None, ""
     try:
         with torch.device("meta"):
             again = type(model)(copy.deepcopy(model.config))
-    except Exception:  # some other class's arguments: nothing can be said
-        return None
-    return {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    except Exception as error:  # some other class's arguments, of which nothing can be said; or sizes that its config forbids
+        return (None, "") if isinstance(error, TypeError) else (False, f"no model can be made from it, {error}")
+    made, here = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (again, model))
+    wrong = next((f"a model made from it has {n} {[*made[n]] if n in made else 'not at all'}, this one {[*shape]}" for n, shape in here.items() if made.get(n) != shape), "")
+    return not wrong, wrong

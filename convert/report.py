@@ -46,20 +46,23 @@ class PrunedLayer:
 @dataclass(frozen=True)
 class PruneReport:
     """All attentions, then all MLPs; parameters of the whole model; reloads: the config states the new sizes, so that a saved checkpoint loads in
-    plain transformers (None: the model has no config that it could be made from)."""
+    plain transformers (None: the model has no config that it could be made from), and why not; left_out: linear layers that look like part of an MLP, and what keeps their channels together."""
 
     layers: list[PrunedLayer]
     parameters_before: int
     parameters_after: int
     structured: bool
     reloads: bool | None
+    why_not: str = ""
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         changed = [x for x in self.layers if x.after < x.before]
         lines = [f"{x.name}: {x.before} -> {x.after} {x.what}" + (f", {x.kv_before} -> {x.kv_after} KV heads" if x.kv_before else "") for x in changed]
         lines.append(f"{len(changed)} of {len(self.layers)} layers pruned, {self.parameters_before} -> {self.parameters_after} parameters; exact.")
         if self.reloads is False:
-            lines.append("The config cannot state these sizes: the model works in memory, a saved checkpoint does not reload" + ("." if self.structured else " (structured=True keeps all layers alike)."))
+            lines.append("The config cannot state these sizes: the model works in memory, a saved checkpoint does not reload" + ("" if self.structured else " (structured=True keeps all layers alike)") + f": {self.why_not}.")
+        lines += [f"left: {name}: {why}" for name, why in self.left_out.items()]
         return "\n".join(lines)
 
 

@@ -8,15 +8,16 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def taken_back(owners: Iterable[object], linears: Iterable[nn.Linear]) -> Iterator[None]:
+def taken_back(owners: Iterable[object], linears: Iterable[nn.Module]) -> Iterator[None]:
     """On an error inside, the counts that `owners` (modules, configs) keep, and parameters and sizes of `linears`, are as they were; it goes on."""
-    counts = [(owner, name, value) for owner in owners for name, value in list(vars(owner).items()) if type(value) in (int, list, tuple)]
-    tensors = [(linear, linear.weight, linear.bias, linear.in_features, linear.out_features) for linear in linears]
+    linears = [*linears]
+    counts = [(owner, name, value) for owner in (*owners, *linears) for name, value in list(vars(owner).items()) if type(value) in (int, list, tuple, type(None))]
+    tensors = [(linear, linear.weight, linear.bias) for linear in linears]
     try:
         yield
     except BaseException:
-        for linear, weight, bias, columns, rows in tensors:
-            linear.weight, linear.bias, linear.in_features, linear.out_features = weight, bias, columns, rows
+        for linear, weight, bias in tensors:
+            linear.weight, linear.bias = weight, bias
         for owner, name, value in counts:
             setattr(owner, name, value)
         raise

@@ -275,7 +275,9 @@ def test_a_norm_over_all_channels():
     model = Model(layers=1)
     model.mlps[0] = Normed(F.silu, False, False).double()
     kill_channels(model.mlps[0], [1, 2], "down")
-    refused(model, "computes something else")
+    report = pruned_exactly(model)
+    assert report.left_out == {"mlps.0.up_proj": "native_layer_norm reads all of its channels"} and model.mlps[0].up_proj.out_features == 12 and len(report.layers) == 1
+    assert "left: mlps.0.up_proj: native_layer_norm" in str(report)
 
 
 def test_weights_that_are_no_plain_floats_and_modules_at_two_places():
