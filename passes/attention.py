@@ -6,7 +6,7 @@ mask. Follow its output forward to the contraction with v. Nothing is matched by
 
 Legality, each with a test that must be refused:
 - the softmax runs over the index that the contraction with v sums over;
-- scores and weights have no consumer outside the core;
+- scores and weights have no consumer outside the core, but the scores' log-sum-exp, which is a second result (tileweld::attention_lse), in inference;
 - between softmax and v stand only casts, views and inactive dropout;
 - one operand of the first contraction depends on (b, h, i, d), the other on (b, h, j, d);
 - q, k, v have a layout made of b, h, h // G, position and head dim.
@@ -31,8 +31,9 @@ from ..compiler.ir.lift import Lift
 from ..compiler.ir.masking import split_where_seen
 from ..compiler.ir.rewrite import Match, NotThePattern, Refusal, Refused
 from ..compiler.ir.roles import Roles, heads_behind, query_dims
-from ..compiler.ir.softmax import Forward, Softmax, between_products, follow, forward_index, softmax_at, without_sink
+from ..compiler.ir.softmax import Forward, Softmax, between_products, follow, forward_index, log_sums, softmax_at, without_sink
 from ..compiler.ir.unliftable import Unliftable
+from ..compiler.ir.weights import why_trained
 
 NAME = "attention"
 aten = torch.ops.aten
@@ -92,18 +93,28 @@ def _core(softmax: Softmax, forward: Forward, i_dim) -> Core:
             raise NotThePattern
         raise Refused(*forward.problem)
     inside = lift.path({dot.symbol for dot in dots}) | set(softmax.inner) | set(forward.chain) | set(sink_node.between if sink_node else ())
-    _nothing_escapes(inside, forward.contraction)
+    sums = log_sums(softmax)
+    _nothing_escapes(inside, {forward.contraction, *sums}, sums)
+    if sums and sink_node:
+        raise Refused("the log-sum-exp of scores with a sink", sums[0])
+    if sums and (reason := why_trained(scores.graph, [scores])):
+        raise Refused(f"the log-sum-exp of the scores is used, which has no gradient here, and {reason}", sums[0], "compile under torch.no_grad(), or freeze the weights")
     v, out_index = _values(lift, softmax, forward, roles, sink_node)
     sink = lift.at(sink_node.node, sink_node.index(roles)) if sink_node else None
     parts = split_where_seen(e, {sc.S}, roles)
     return Core(root=forward.contraction, roles=roles, lift=lift, score=parts.score, mask=parts.mask, fill=parts.fill, sink=sink, empty=softmax.empty,
-                q=q, k=k, v=v, out_index=out_index, value_symbol=DV, spelling=softmax.spelling, added=parts.added)
+                q=q, k=k, v=v, out_index=out_index, value_symbol=DV, spelling=softmax.spelling, added=parts.added, sums=[(n, _sum_index(n, softmax, roles)) for n in sums])
 
 
-def _nothing_escapes(inside: set[Node], contraction: Node) -> None:
-    for node in inside:
+def _sum_index(node: Node, softmax: Softmax, roles: Roles) -> list:
+    """The index of an element of the log-sum-exp of the scores: theirs, without the keys."""
+    return [e for k, e in enumerate(roles.index) if k != softmax.dim] if len(shape(node)) < len(roles.index) else [Integer(0) if k == softmax.dim else e for k, e in enumerate(roles.index)]
+
+
+def _nothing_escapes(inside: set[Node], outside: set[Node], sums: list[Node]) -> None:
+    for node in inside.difference(sums):
         for user in node.users:
-            if user not in inside and user is not contraction and not is_call(user, aten.sym_size.int):
+            if user not in inside and user not in outside and not is_call(user, aten.sym_size.int):
                 where = f" ({source_of(user)})" if source_of(user) else ""
                 raise Refused(f"the attention scores are also used outside the core, by {op_name(user)}{where}", user if user.op != "output" else node, "do not return or reuse the scores")
 

@@ -35,13 +35,14 @@ _FOLDER = Path(__file__).parent
 
 def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[torch.dtype] = (), capture_ranks: Sequence[int] = (), head_dim: int, value_dim: int,
          num_sizes: int = 0, queries: int | None = None, key_dims: Sequence[int] = (), k_dtype: torch.dtype | None = None,
-         v_dtype: torch.dtype | None = None) -> Kernel:
+         v_dtype: torch.dtype | None = None, lse: bool = False) -> Kernel:
     """The kernel of a variant, for every B, H, Hk, Hv, Tq, Tk and all strides.
 
     queries: Tq, to which calls must keep, or None for any; all above `STREAMED` give the same kernel, all up to it another one.
     q_dtype: of q, k, v and the output: float32, float16 or bfloat16. k_dtype, v_dtype: int8 where k or v is (a quantised cache), None for q_dtype. head_dim, value_dim: 1 to `MAX_HEAD_DIM`.
     key_dims: head dims of the parts of the keys, which add up to head_dim, where they are several tensors [B, Hk, Tk, D] with an Hk each.
-    Tensors of a call: [out, q, *parts of k, v, *captures], then the integers n0, n1, ...; no floats.
+    lse: is the logarithm of every row's denominator a second output, [B, H, Tq] in float32?
+    Tensors of a call: [out, q, *parts of k, v, *captures], [out, lse, q, ...] with lse, then the integers n0, n1, ...; no floats.
     Raises UnsupportedError for other dtypes and sizes.
     """
     if q_dtype not in DTYPES:
@@ -71,7 +72,7 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         _text("scalar_math.h"),
         "// ---- this variant\n",
         f"using Element = {ELEMENTS[q_dtype]};  // of the queries and the output\nusing KeyElement = {ELEMENTS[k_dtype]};\nusing ValueElement = {ELEMENTS[v_dtype]};\n"
-        f"constexpr int D = {head_dim}, DV = {value_dim};\n"
+        f"constexpr int D = {head_dim}, DV = {value_dim};\nconstexpr bool LSE = {str(lse).lower()};  // is the logarithm of the denominator stored?\n"
         f"constexpr int PARTS = {len(key_dims)}, PART_SIZE[PARTS] = {{{', '.join(map(str, key_dims))}}};  // tensors that make up a key\n"
         f"constexpr float SCALE = {number(scale if scale is not None else 1.0)};  // of the dot product\n"
         f"constexpr float FILL = {number(fill)};  // the score of a masked key\n"
@@ -89,6 +90,7 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         _text("attention_streamed.h"),
         _text("attention_entry.h"),
     ]
+    detail += " with log-sum-exp" if lse else ""
     return Kernel("attention", "cpp", "\n".join(parts), "attention", rewrite="attention", detail=detail)
 
 
@@ -118,15 +120,17 @@ def _call_source(captures: Captures, num_sizes: int, parts: int) -> str:
     reads += [f"    call.{name} = *ints++;" for name in sizes]
     narrow = " && ".join([f"call.{name} < {SIZE_LIMIT}" for name in ("B", "H", "Tq", "Tk")] + [f"call.{name} < {SIZE_LIMIT} && call.{name} > -{SIZE_LIMIT}" for name in sizes])
     return "\n".join([
-        "struct Call {", "    Element* out;", "    const Element* q;", "    const KeyElement* k[PARTS];", "    const ValueElement* v;", "    int64_t B, H, Hk[PARTS], Hv, Tq, Tk;",
+        "struct Call {", "    Element* out;", "    float* lse;", "    const int64_t* lse_stride;", "    const Element* q;", "    const KeyElement* k[PARTS];", "    const ValueElement* v;", "    int64_t B, H, Hk[PARTS], Hv, Tq, Tk;",
         "    const int64_t *out_stride, *q_stride, *k_stride[PARTS], *v_stride;  // [B, H, T, D], in elements",
         "    bool is_narrow;  // every size is small enough for positions in int32", *fields, "};", "",
         "static Call read_call(void* const* data, const int64_t* ints) {", "    Call call;",
-        "    call.out = static_cast<Element*>(data[0]);", "    call.q = static_cast<const Element*>(data[1]);",
+        "    call.out = static_cast<Element*>(data[0]), call.out_stride = ints + 4, call.lse = nullptr, call.lse_stride = nullptr;",
+        "    if (LSE) {", "        call.lse = static_cast<float*>(data[1]), call.lse_stride = ints + 11;", "        ++data, ints += 6;  // three sizes and three strides", "    }",
+        "    call.q = static_cast<const Element*>(data[1]);",
         "    call.v = static_cast<const ValueElement*>(data[PARTS + 2]);",
         "    // sizes and strides of out, q, the parts of k, v: four and four each",
         "    call.B = ints[8], call.H = ints[9], call.Tq = ints[10], call.Tk = ints[18], call.Hv = ints[17 + 8 * PARTS];",
-        "    call.out_stride = ints + 4, call.q_stride = ints + 12, call.v_stride = ints + 20 + 8 * PARTS;",
+        "    call.q_stride = ints + 12, call.v_stride = ints + 20 + 8 * PARTS;",
         "    for (int part = 0; part < PARTS; ++part) {",
         "        call.k[part] = static_cast<const KeyElement*>(data[2 + part]);",
         "        call.Hk[part] = ints[17 + 8 * part], call.k_stride[part] = ints + 20 + 8 * part;",

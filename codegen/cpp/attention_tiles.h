@@ -91,6 +91,7 @@ INLINE bool needs_fill(const RowState& state) {
 INLINE void write_row(const Call& call, int64_t b, int64_t h, int64_t i, const float* sums, const RowState& state) {
     const bool empty = EMPTY_IS_ZERO && state.total == 0.0f;
     const float factor = empty ? 0.0f : 1.0f / state.total;  // a row that saw nothing is 0 * inf = NaN
+    if constexpr (LSE) call.lse[b * call.lse_stride[0] + h * call.lse_stride[1] + i * call.lse_stride[2]] = state.total == 0.0f ? -std::numeric_limits<float>::infinity() : state.top + __builtin_logf(state.total);
     const int64_t* stride = call.out_stride;
     Element* out = call.out + b * stride[0] + h * stride[1] + i * stride[2];
     if (stride[3] == 1)

@@ -12,7 +12,7 @@ import torch
 from ...compiler.errors import UnsupportedError
 from ...compiler.ir.attention import Variant
 from ...compiler.ir.kernel import Kernel
-from .decode import COMBINE_PARAMETERS, decode_kernels
+from .decode import combine_parameters, decode_kernels
 from .kernel import KEYS, AttentionText
 from .source import fill
 from .tiles import MAX_WIDTH, chunks, configs
@@ -24,7 +24,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 576  # absorbed MLA: a latent of 512 and 64 rotary dims
 WIDE = 256  # head dims above: tiles of few rows, heads packed for any number of queries, so that a key is read once for all heads of a block
 DECODE_ROWS = 64
-SCRATCH = {"acc_ptr": "*fp32", "m_ptr": "*fp32", "l_ptr": "*fp32", "near_ptr": "*i32"}
+SCRATCH = {"acc_ptr": "*fp32", "m_ptr": "*fp32", "l_ptr": "*fp32", "near_ptr": "*i32", "lse_ptr": "*fp32"}
 
 MODULE = '''
 """tileweld::attention   out = softmax(where(mask, score, fill)) v      from the rewrite `attention`
@@ -63,10 +63,11 @@ $decode
 
 
 def attention(tensors, ints, floats):
-    """tensors: out [B, H, Tq, Dv], q [B, H, Tq, D], $key_tensors, v [B, Hv, Tk, Dv], $captures; ints: $sizes. Fills out."""
-    out, q, $keys, v, *captures = tensors
+    """tensors: $output_tensors, q [B, H, Tq, D], $key_tensors, v [B, Hv, Tk, Dv], $captures; ints: $sizes. Fills out."""
+    $outputs, q, $keys, v, *captures = tensors
     if k.shape[2] == 0:
         out.zero_()
+        $empty_lse
     if out.numel() == 0 or k.shape[2] == 0:
         return
     if q.device.type == "cpu":
@@ -78,12 +79,12 @@ def attention(tensors, ints, floats):
         captures = [x.float() if x.dtype == torch.bfloat16 else x for x in captures]
     captures = [x.view(torch.int8) if x.dtype == torch.bool else x for x in captures]
     if k.shape[1] == v.shape[1]$key_test and q.shape[2] * (q.shape[1] // k.shape[1]) <= DECODE_ROWS:
-        launch_decode(out, q, $keys, v, captures, ints)
+        launch_decode($outputs, q, $keys, v, captures, ints)
     else:
-        launch_prefill(out, q, $keys, v, captures, ints)
+        launch_prefill($outputs, q, $keys, v, captures, ints)
 
 
-def launch_prefill(out, q, $keys, v, captures, ints):
+def launch_prefill($outputs, q, $keys, v, captures, ints):
     B, H, Tq, _ = q.shape
     Tk = k.shape[2]
     arguments = ($prefill_call)
@@ -96,7 +97,7 @@ def launch_prefill(out, q, $keys, v, captures, ints):
     launch(pick(attention_kernel, CONFIGS, (B * H, Tq, Tk), q.device, launch))
 
 
-def launch_decode(out, q, $keys, v, captures, ints):
+def launch_decode($outputs, q, $keys, v, captures, ints):
     B, H, Tq, _ = q.shape
     Tk, pairs, width = k.shape[2], B * k.shape[1], v.shape[3]
     rows = Tq * H // k.shape[1]
@@ -115,7 +116,7 @@ def launch_decode(out, q, $keys, v, captures, ints):
         options = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
         compiled = decode_kernel[(programs, splits)](*arguments, SPLIT=splits > 1, REDO=False, **options)
         if splits > 1:
-            combine_kernel[(B * H * Tq,)](out, acc, m, l, near, out.stride(0), out.stride(1), out.stride(2), out.stride(3), H, Tq, splits,
+            combine_kernel[(B * H * Tq,)](out, acc, m, l, $near, out.stride(0), out.stride(1), out.stride(2), out.stride(3), H, Tq, splits,
                                           SPLITS=triton.next_power_of_2(splits), num_warps=4, enable_fp_fusion=True)
             $redo
         return compiled
@@ -146,12 +147,13 @@ _STRIDES = {"q": ("q", "bhid"), "k": ("k", "bhjd"), "r": ("r", "bhjd"), "v": ("v
 
 
 def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[torch.dtype] = (), capture_ranks: Sequence[int] = (), head_dim: int, value_dim: int,
-         num_sizes: int = 0, key_dims: Sequence[int] = (), k_dtype: torch.dtype | None = None, v_dtype: torch.dtype | None = None) -> Kernel:
+         num_sizes: int = 0, key_dims: Sequence[int] = (), k_dtype: torch.dtype | None = None, v_dtype: torch.dtype | None = None, lse: bool = False) -> Kernel:
     """The kernel of a variant, for every B, H, Hk, Hv, Tq, Tk and all strides.
 
     q_dtype: of q, k, v and the output: float16, bfloat16 or float32. k_dtype, v_dtype: int8 where k or v is (a quantised cache), None for q_dtype. head_dim, value_dim: 1 to `MAX_HEAD_DIM`.
     key_dims: head dims of the parts of the keys, which add up to head_dim, where they are two tensors [B, Hk, Tk, D] with an Hk each.
-    Tensors of a call: [out, q, *parts of k, v, *captures], then the integers n0, n1, ...; no floats.
+    lse: is the logarithm of every row's denominator a second output, [B, H, Tq] contiguous in float32?
+    Tensors of a call: [out, q, *parts of k, v, *captures], [out, lse, q, ...] with lse, then the integers n0, n1, ...; no floats.
     Raises UnsupportedError for other dtypes and sizes.
     """
     k_dtype, v_dtype = k_dtype or q_dtype, v_dtype or q_dtype
@@ -161,10 +163,10 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         raise UnsupportedError(f"keys of head dim {head_dim} in parts of {list(key_dims)}", cure=f"at most {len(KEYS)} parts of at least 1 that add up to the head dim")
     if (width := sum(chunk.width for dim in key_dims for chunk in chunks(dim))) > MAX_WIDTH:
         raise UnsupportedError(f"keys in parts of {list(key_dims)} take tiles of {width} dims", cure=f"{MAX_WIDTH} are supported: parts that are powers of two need no padding")
-    text = AttentionText(variant, key_dims, value_dim, q_dtype, k_dtype == torch.int8, v_dtype == torch.int8)
+    text = AttentionText(variant, key_dims, value_dim, q_dtype, k_dtype == torch.int8, v_dtype == torch.int8, lse)
     letters = ["q", *text.keys, "v", "o"]
     tensors = [f"stride_{letter}{axis}" for letter in letters for axis in _STRIDES[letter][1]]
-    pointers = ["out_ptr", "q_ptr", *(f"{letter}_ptr" for letter in text.keys), "v_ptr"]
+    pointers = ["out_ptr", *(["lse_ptr"] if lse else []), "q_ptr", *(f"{letter}_ptr" for letter in text.keys), "v_ptr"]
     capture_names = [name for k, rank in enumerate(capture_ranks)
                      for name in (f"c{k}_ptr", *(f"c{k}_s{axis}" for axis in range(rank)), *(f"c{k}_n{axis}" for axis in range(rank)))]
     sizes = ["H", *(f"GROUP_{letter.upper()}" for letter in text.keys), "GROUP_V", "Tq", "Tk", *(f"n{n}" for n in range(num_sizes))]
@@ -179,13 +181,14 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
 
     prefill_aot, prefill_constants = aot(text.prefill, "BLOCK_M", "BLOCK_N")
     decode_aot, decode_constants = aot(text.decode, "BLOCK_M", "BLOCK_N", "SPLIT", "REDO")
-    combine_aot, _ = aot(COMBINE_PARAMETERS, "SPLITS")
+    combine_aot, _ = aot(combine_parameters(lse), "SPLITS")
     dtype = str(q_dtype).removeprefix("torch.")
     captures = ", ".join(f"c{k} {str(d).removeprefix('torch.')}[{rank}-d]" for k, (d, rank) in enumerate(zip(capture_dtypes, capture_ranks, strict=True)))
     source = fill(
         MODULE, score=variant.score, mask=variant.mask, fill=variant.fill, empty={"nan": "nan", "zero": "0", "added": "the mean"}[variant.empty], sink=variant.sink or "none", value=variant.value or "1",
         widened="q.dtype != torch.float32" if text.wide_range else "q.dtype == torch.bfloat16",
-        dtypes=dtype + "".join(f", {name} int8" for name, d in (("k", k_dtype), ("v", v_dtype)) if d == torch.int8) + (f", {captures}" if captures else ""), head_dim=" + ".join(map(str, key_dims)), value_dim=value_dim, keys=", ".join(text.keys),
+        dtypes=dtype + "".join(f", {name} int8" for name, d in (("k", k_dtype), ("v", v_dtype)) if d == torch.int8) + (f", {captures}" if captures else ""), head_dim=" + ".join(map(str, key_dims)), value_dim=value_dim, keys=", ".join(text.keys), outputs="out, lse" if lse else "out", near="near, lse" if lse else "near", output_tensors="out [B, H, Tq, Dv]" + (", lse [B, H, Tq]" if lse else ""),
+        empty_lse='lse.fill_(float("-inf"))' if lse else [],
         key_tensors=", ".join(f"{x} [B, Hk, Tk, {dim}]" for x, dim in zip(text.keys, key_dims)), key_test="".join(f" and k.shape[1] % {x}.shape[1] == 0" for x in text.keys[1:]), captures=captures or "no captures",
         sizes=", ".join(f"n{n}" for n in range(num_sizes)) or "none", functions=text.functions(), prefill=prefill, decode=decode,
         prefill_call=", ".join(map(_host_argument, text.prefill)), decode_call=", ".join(map(_host_argument, text.decode)),
@@ -195,6 +198,7 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         prefill_aot=prefill_aot, prefill_constants=prefill_constants, decode_aot=decode_aot, decode_constants=decode_constants, combine_aot=combine_aot)
     detail = f"score={variant.score} mask={variant.mask} {dtype} head dim {head_dim}" + (f"/{value_dim}" if value_dim != head_dim else "")
     detail += "".join(f" {name} int8" for name, d in (("k", k_dtype), ("v", v_dtype)) if d == torch.int8) + (f" value={variant.value}" if variant.value else "")
+    detail += " with log-sum-exp" if lse else ""
     return Kernel(name="attention", language="triton", source=source, entry="attention", rewrite="attention", detail=detail)
 
 

@@ -67,7 +67,7 @@ if REDO:
 
 COMBINE = '''
 @triton.jit(do_not_specialize=["H", "Tq", "splits"])
-def combine_kernel(out_ptr, acc_ptr, m_ptr, l_ptr, near_ptr, stride_ob, stride_oh, stride_oi, stride_od, H, Tq, splits, SPLITS: tl.constexpr):
+def combine_kernel($arguments, SPLITS: tl.constexpr):
     """Joins the shares of one row; the grid is batch * head * query position."""
     row = tl.cast(tl.program_id(0), tl.int64)
     i = row % Tq
@@ -79,6 +79,7 @@ def combine_kernel(out_ptr, acc_ptr, m_ptr, l_ptr, near_ptr, stride_ob, stride_o
     top = tl.max(m, 0)
     weight = tl.exp2((m - tl.where(top == float("-inf"), 0.0, top))$unit)
     total = tl.sum(weight * l, 0)
+    $store_lse
     $total
     $mark
     out_row = out_ptr + b * stride_ob + h * stride_oh + i * stride_oi
@@ -86,7 +87,11 @@ def combine_kernel(out_ptr, acc_ptr, m_ptr, l_ptr, near_ptr, stride_ob, stride_o
     $outputs
 '''
 
-COMBINE_PARAMETERS = ["out_ptr", "acc_ptr", "m_ptr", "l_ptr", "near_ptr", "stride_ob", "stride_oh", "stride_oi", "stride_od", "H", "Tq", "splits"]
+
+
+def combine_parameters(lse: bool) -> list[str]:
+    """The parameters of combine_kernel."""
+    return ["out_ptr", "acc_ptr", "m_ptr", "l_ptr", "near_ptr", *(["lse_ptr"] if lse else []), "stride_ob", "stride_oh", "stride_oi", "stride_od", "H", "Tq", "splits"]
 
 
 def decode_kernels(text: AttentionText, parameters: list[str], captures: list[str], sizes: list[str]) -> str:
@@ -101,7 +106,7 @@ def decode_kernels(text: AttentionText, parameters: list[str], captures: list[st
         keep = "if REDO:\n    keep = (marked == 1)[:, None]\nelse:\n    keep = i < Tq"
     body = dict(keys=[f"{x}_ptr += tl.cast(b, tl.int64) * stride_{x}b + tl.cast({_key_head(x)}, tl.int64) * stride_{x}h" for x in text.keys], queries=text.queries(), hoisted=text.hoists(), start=text.start(packed=True), redo=REDO.strip() if finite else [], bounds=text.bounds(packed=True),
                 sinkless=['m = tl.where(split == 0, m, float("-inf"))  # the sink counts once', "l = tl.where(split == 0, l, 0.0)"] if sink else [],
-                loop=loop, exact=exact, keep=keep, finish=text.finish("keep"),
+                loop=loop, exact=exact, keep=keep, finish=text.finish("keep", "record"),
                 partial=[f"tl.store(acc_rows + vdims{n}[None, :], acc{n}, mask=(i < Tq){_inside(c, f'vdims{n}[None, :]')})" for n, c in enumerate(text.v_chunks)])
     names, unspecialized = text.parameters(body, captures, sizes)
     text.decode = ["out_ptr", "acc_ptr", "m_ptr", "l_ptr", "near_ptr", *parameters[1:], *names, "splits"]
@@ -112,7 +117,7 @@ def decode_kernels(text: AttentionText, parameters: list[str], captures: list[st
         outputs += [f"vdims{n} = {c.start} + tl.arange(0, {c.width})",
                     f"acc{n} = tl.load(acc_ptr + (row * splits + part)[:, None] * {text.value_dim} + vdims{n}[None, :], mask=filled{_inside(c, f'vdims{n}[None, :]')}, other=0.0)",
                     f"tl.store(out_row + vdims{n} * stride_od, (tl.sum(acc{n} * weight[:, None], 0) / total).to(out_ptr.dtype.element_ty), mask=(vdims{n} < {c.start + c.used}))"]
-    combine = fill(COMBINE, unit=text.times_unit, outputs=outputs, mark=[f"tl.store(near_ptr + row, tl.where(top <= {text.limit}, 1, 0))"] if text.finite_fill else [],
+    combine = fill(COMBINE, unit=text.times_unit, arguments=", ".join(combine_parameters(text.lse)), store_lse=[f"tl.store(lse_ptr + row, {text.natural('top', 'total')})"] if text.lse else [], outputs=outputs, mark=[f"tl.store(near_ptr + row, tl.where(top <= {text.limit}, 1, 0))"] if text.finite_fill else [],
                    total=["total = tl.where(total == 0.0, 1.0, total)  # a row without a key gives 0, not 0/0"] if text.variant.empty == "zero" else [])
     return f"{kernel}\n\n{combine}"
 

@@ -83,8 +83,8 @@ def attention_kernel($arguments):
 class AttentionText:
     """The parts of one variant's kernel as text."""
 
-    def __init__(self, variant: Variant, key_dims: tuple[int, ...], value_dim: int, q_dtype: torch.dtype, int8_keys: bool = False, int8_values: bool = False):
-        self.variant, self.single, self.int8_keys, self.int8_values = variant, q_dtype == torch.float32, int8_keys, int8_values
+    def __init__(self, variant: Variant, key_dims: tuple[int, ...], value_dim: int, q_dtype: torch.dtype, int8_keys: bool = False, int8_values: bool = False, lse: bool = False):
+        self.lse, self.variant, self.single, self.int8_keys, self.int8_values = lse, variant, q_dtype == torch.float32, int8_keys, int8_values
         self.wide_range = q_dtype == torch.float16 and int8_values and variant.value_expr is not None  # weights times a scale of 1e-4 leave fp16's normal numbers; bf16 holds int8 exactly
         self.keys = KEYS[:len(key_dims)]
         starts = [sum(key_dims[:n]) for n in range(len(key_dims))]
@@ -281,9 +281,14 @@ class AttentionText:
         return [f"# rows that see no key, or only scores near the fill {self.variant.fill:g}: there the masked keys count",
                 f"near = tl.max(tl.where((rows < Tq) & (m <= {self.limit}), 1, 0), 0)", "if near == 1:", *("    " + line for line in again)]
 
-    def finish(self, inside: str = "(i < Tq)") -> list[str]:
-        """Divide and store the rows; ``out_rows`` are pointers to them."""
-        lines = ["l = tl.where(l == 0.0, 1.0, l)  # a row without a key gives 0, not 0/0"] if self.variant.empty == "zero" else []
+    def natural(self, top: str, total: str) -> str:
+        """The log-sum-exp of a row from its maximum, in the units of x, and its sum: in base e."""
+        return f"({top}{self.times_unit} + tl.log2({total})) * {float_text(1 / LOG2E)}"
+
+    def finish(self, inside: str = "(i < Tq)", record: str = "tl.cast(head, tl.int64) * Tq + rows") -> list[str]:
+        """Divide and store the rows; ``out_rows`` are pointers to them, record the places of their log-sum-exps."""
+        lines = [f"tl.store(lse_ptr + {record}, {self.natural('m', 'l')}, mask={'tl.sum(keep.to(tl.int32), 1) > 0' if inside == 'keep' else 'rows < Tq'})"] if self.lse else []
+        lines += ["l = tl.where(l == 0.0, 1.0, l)  # a row without a key gives 0, not 0/0"] if self.variant.empty == "zero" else []
         for n, chunk in enumerate(self.v_chunks):
             padding = f" & (vdims{n}[None, :] < {chunk.start + chunk.used})" if chunk.padded else ""
             lines.append(f"tl.store(out_rows + vdims{n}[None, :] * stride_od, (acc{n} / l[:, None]).to(out_ptr.dtype.element_ty), mask={inside}{padding})")

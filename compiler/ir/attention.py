@@ -127,7 +127,7 @@ def empty_output(q: Tensor, width: int) -> Tensor:
 class _Rows:
     """Scores and probabilities of the query rows [start, stop) over the first ``keys`` keys in the compute dtype; k with a head for each of q's."""
 
-    def __init__(self, q, k, captures, sizes, variant, start, stop, dtype, keys=None):
+    def __init__(self, q, k, captures, sizes, variant, start, stop, dtype, keys=None, lse=None):
         batch, heads, rows, width = q.shape
         keys, device = k.shape[2] if keys is None else keys, q.device
         self.q = q[:, :, start:stop].to(dtype)
@@ -142,6 +142,8 @@ class _Rows:
         if variant.is_causal and not variant.sink and variant.score_expr.has(sc.S) and keys == min(stop, k.shape[2]):  # what backward asks for: only the last keys are masked
             score = self.evaluate.float(variant.score_expr)
             score[..., start:].masked_fill_(~self.evaluate(variant.mask_expr)[..., start:], float("-inf"))
+            if lse is not None:
+                lse[:, :, start:stop] = score.logsumexp(-1)
             self.p = torch.softmax(score, -1)
             return
         self.visible = self.evaluate(variant.mask_expr)
@@ -150,6 +152,8 @@ class _Rows:
             score = torch.where(self.visible, score, torch.tensor(variant.fill, dtype=dtype, device=device))
         self.sink = self.evaluate.float(variant.sink_expr).expand(batch, heads, stop - start, 1) if variant.sink_expr is not None else None
         logits = score if self.sink is None else torch.cat([score, self.sink], -1)
+        if lse is not None:
+            lse[:, :, start:stop] = logits.logsumexp(-1)
         probabilities = torch.softmax(logits, -1)
         if variant.empty == "zero":
             probabilities = torch.where((logits == float("-inf")).all(-1, keepdim=True), torch.zeros((), dtype=dtype, device=device), probabilities)
@@ -177,15 +181,17 @@ def _row_blocks(q, k, elements=BLOCK_ELEMENTS):
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes: Sequence[int], variant: Variant) -> Tensor:
-    """The definition, in blocks of rows; float64 inputs are computed in float64, all others in float32."""
+def reference(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes: Sequence[int], variant: Variant, lse: Tensor | None = None) -> Tensor:
+    """The definition, in blocks of rows; float64 inputs are computed in float64, all others in float32. lse [B, H, Tq]: filled with the logarithms of the denominators."""
     dtype = compute_dtype(q.dtype)
     out = empty_output(q, v.shape[3])
     if k.shape[2] == 0:
+        if lse is not None:
+            lse.fill_(float("-inf"))
         return out.zero_()
     keys, values = _every_head(k, q, dtype), _every_head(v, q, dtype)
     for start, stop in _row_blocks(q, k):
-        out[:, :, start:stop] = (_Rows(q, keys, captures, sizes, variant, start, stop, dtype).weights(variant) @ values).to(q.dtype)
+        out[:, :, start:stop] = (_Rows(q, keys, captures, sizes, variant, start, stop, dtype, lse=lse).weights(variant) @ values).to(q.dtype)
     return out
 
 

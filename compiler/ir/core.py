@@ -3,18 +3,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 
 import sympy
 import torch
 from torch.fx import Graph, Node
 
 from . import attention as _attention_op  # noqa: F401 (registers the op that is built here)
+from . import attention_lse as _attention_lse_op  # noqa: F401 (the same)
 from . import scalar as sc
 from .graph import insert, shape, value
 from .interval import drop_proved, tighten
 from .layout import Operand, arrange, layout, size_node, sizes_of_nodes, with_groups
 from .masking import ABSORBING, has_witness, moderate, renormalised
 from .printer import text
+from .products import late
 from .rewrite import Match, Refused
 from .table import tabulate
 
@@ -39,6 +42,7 @@ class Core:
     score, mask, fill, sink: expressions over raw symbols (tensors by name, sizes by shape symbol); fill None: nothing is masked.
     added: the fill was added to the score, see masking.py.
     spelling: of the softmax, see softmax.py: they differ where all scores of a row are hugely negative.
+    sums: (node, its index) of the log-sum-exps of the scores, further results.
     """
 
     root: Node
@@ -56,6 +60,7 @@ class Core:
     value_symbol: sympy.Symbol
     spelling: str = "softmax"
     added: bool = False
+    sums: list = dataclasses.field(default_factory=list)
 
 
 def finish(core: Core, source: Node) -> Match:
@@ -90,12 +95,21 @@ def finish(core: Core, source: Node) -> Match:
     score, mask, sink, factor = (e if e is None else e.xreplace(names) for e in texts)
     arguments = (text(score), text(mask), float(fill), text(sink) if sink is not None else "", empty, *((text(factor),) if factor is not None else ()))
 
-    def build(graph: Graph) -> Node:
-        return _build(graph, core, captures, sizes, arguments)
+    roots = sorted([core.root, *(n for n, _ in core.sums)])
 
     inputs = tuple(dict.fromkeys([p.operand.node for p in (*core.q, *core.k, *core.v)] + [c for c in captures if isinstance(c, Node)]))
     detail = f"score={arguments[0]}" + (f" mask={arguments[1]}" if arguments[1] != "True" else "") + (f" sink={arguments[3]}" if sink is not None else "") + (f" value={arguments[5]}" if factor is not None else "") + _groups_text(core)
-    return Match(core.root, inputs, build, detail)
+    moved = late(roots[0], inputs, set(roots)) if len(roots) > 1 else []
+    if moved is None:
+        raise Refused("keys or values are computed from the log-sum-exp of their scores", source)
+
+    def build(graph: Graph):
+        for node in moved:
+            roots[0].prepend(node)
+        made = _build(graph, core, captures, sizes, arguments)
+        return tuple(made[n] for n in roots) if len(roots) > 1 else made[core.root]
+
+    return Match(roots[0], inputs, build, detail + (" with log-sum-exp" if core.sums else ""), tuple(roots[1:]))
 
 
 def _groups_text(core):
@@ -135,7 +149,8 @@ def _names(exprs, core, tables):
     return renaming, captures, sizes
 
 
-def _build(graph, core, captures, sizes, arguments):
+def _build(graph, core, captures, sizes, arguments) -> dict[Node, Node]:
+    """Every result's node -> what takes its place."""
     roles = core.roles
     nodes = [p.operand.node for p in (*core.q, *core.k, *core.v)]
     sources = [*sizes_of_nodes(nodes), (sympy.nan, core.root, 0)]  # root's own sizes are none: it is computed later, and only marks the place
@@ -147,15 +162,20 @@ def _build(graph, core, captures, sizes, arguments):
     v = _assemble(graph, core.v, [sc.B, sc.H, sc.J], roles, sources, dtype, every_head=False)
     tensors = [_capture(graph, c, core, sources) for c in captures]
     numbers = [size_node(graph, n, sources) for n in sizes]
-    out = insert(graph, torch.ops.tileweld.attention.default, q, k, v, tensors, numbers, *arguments)
+    out, lse = insert(graph, torch.ops.tileweld.attention_lse.default if core.sums else torch.ops.tileweld.attention.default, q, k, v, tensors, numbers, *arguments), None
+    if core.sums:
+        out, lse = (insert(graph, operator.getitem, out, n) for n in (0, 1))
     width = core.v[0].length
     atoms = with_groups(core.out_index, {**roles.sizes, core.value_symbol: width})
     wanted = layout(core.root, core.out_index, atoms)
     heads = [a for dim in wanted for a in dim if a != sc.H and a.has(sc.H)] or [sc.H]
     out = arrange(graph, out, [[sc.B], heads, [sc.I], [core.value_symbol]], wanted, atoms, sources)
-    if value(out).dtype != value(core.root).dtype:
-        out = insert(graph, aten.to.dtype, out, value(core.root).dtype)
-    return out
+    made = {core.root: out}
+    for node, index in core.sums:
+        wanted = layout(node, index, atoms)
+        heads = [a for dim in wanted for a in dim if a != sc.H and a.has(sc.H)] or [sc.H]
+        made[node] = arrange(graph, lse, [[sc.B], heads, [sc.I]], wanted, atoms, sources)
+    return {node: x if value(x).dtype == value(node).dtype else insert(graph, aten.to.dtype, x, value(node).dtype) for node, x in made.items()}
 
 
 def _assemble(graph, parts, symbols, roles, sources, dtype, every_head):

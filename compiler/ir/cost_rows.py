@@ -97,8 +97,8 @@ def operations(e) -> int:
 
 
 def _scores(c: Call):
-    """(visible scores over all heads, D, Dv, the variant) of a tileweld::attention."""
-    q, k, v = c["q"], c["k"], c["v"]
+    """(visible scores over all heads, D, Dv, the variant) of a tileweld::attention, attention_lse or attention_parts."""
+    q, k, v = c["q"], c["k"] if "k" in c.arguments else c["parts"][0], c["v"]
     variant = variant_of(c["captures"], c["score"], c["mask"], c["fill"], c["sink"], c["empty"], c["value"])
     share = visible(variant.mask_expr, q.shape[2], k.shape[2], c["sizes"])
     return share * elements(q) / size(q.shape[3]) * size(k.shape[2]), size(q.shape[3]), size(v.shape[3]), variant
@@ -149,6 +149,17 @@ def _fused_linear_vector(c: Call):
     return norm * elements(c["x"]) + sympy.Add(*(operations(e) * elements(x) for e, x in zip(spec.epilogue_exprs, c.outs)))
 
 
+def _merge_heads(c: Call):
+    """The products and decompositions of compiler/ir/head_merge.py, method "data", leading terms alone: q, k and v times the root of the second moments [E, E]; o^T o of every query head;
+    for every group a singular value decomposition of its values [size dv, E] (14 a^2 b for a < b, Golub and Van Loan, 8.6.3), and of its keys where no rotary pairs them."""
+    (a, E), (b, _), (v, _) = ([size(n) for n in c[name].shape] for name in "qkv")
+    inputs, dv, share, groups = E + 1, v / c["old_heads"], Integer(c["old_heads"] // c["kv_heads"]), c["kv_heads"]
+    if share == 1:
+        return ZERO
+    decomposed = [v, *([] if c["rotary"][0] else [b])]
+    return 2 * (a + b + v) * inputs**2 + 2 * elements(c["o"]) * dv + 14 * sum(groups * (rows / groups) ** 2 * inputs for rows in decomposed)
+
+
 def _norm(operations: int):
     """So many an element of the input, and one more for each of weight and bias."""
     return lambda c: (operations + sum(isinstance(c.arguments.get(name), torch.Tensor) for name in ("weight", "bias"))) * elements(c.inputs()[0][1])
@@ -177,7 +188,8 @@ ROWS: dict[str, Row] = {
     "aten::einsum": Row(matmul=_einsum),
     "aten::_grouped_mm": Row(matmul=lambda c: 2 * elements(c["self"]) * size(c["mat2"].shape[-1])),
     # attention
-    "tileweld::attention": Row(matmul=_attention, vector=_attention_vector),
+    **dict.fromkeys(("tileweld::attention", "tileweld::attention_lse", "tileweld::attention_parts"), Row(matmul=_attention, vector=_attention_vector)),
+    "tileweld::merge_lse": Row(vector=lambda c: 2 * elements(c.out) * len(c["outs"]) + 4 * elements(c.outs[1]) * len(c["lses"])),  # a product and a sum an element; maximum, difference, exp, sum a row
     "tileweld::attention_backward": Row(matmul=_attention_backward, vector=_attention_backward_vector),
     **dict.fromkeys(("aten::scaled_dot_product_attention", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention",
                      "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_fused_attention_overrideable"), SDPA),
@@ -193,7 +205,7 @@ ROWS: dict[str, Row] = {
     "tileweld::rotary": Row(vector=lambda c: 3 * elements(c["x"]) * c["width"] / size(c["x"].shape[-1])),  # two products and a sum
     "tileweld::cross_entropy": Row(vector=lambda c: (SOFTMAX + (3 if c["softcap"] else 0)) * elements(c["logits"])),
     "tileweld::cross_entropy_backward": Row(vector=lambda c: (SOFTMAX + (3 if c["softcap"] else 0)) * elements(c["logits"])),
-    "tileweld::table": Row(vector=per_output()),
+    "tileweld::table": Row(vector=per_output()), "tileweld::merge_heads": Row(matmul=_merge_heads),
     # norms and softmax
     "aten::rms_norm": Row(vector=_norm(RMS)), "aten::_fused_rms_norm": Row(vector=_norm(RMS)),
     "aten::layer_norm": Row(vector=_norm(LAYER)), "aten::native_layer_norm": Row(vector=_norm(LAYER)),
@@ -213,5 +225,5 @@ ROWS: dict[str, Row] = {
     **dict.fromkeys((f"aten::{name}" for name in "zeros ones zeros_like ones_like full_like new_zeros new_ones new_full zero fill eye rand randn rand_like randn_like".split()), FILL),
     **dict.fromkeys(("aten::where", "aten::__or__", "aten::__and__", "aten::__xor__", "aten::square", "aten::softplus", "aten::dropout", "aten::native_dropout", "aten::diff"), POINTWISE),  # no tag in torch
     # no kernel
-    **dict.fromkeys((f"aten::{name}" for name in "empty empty_like new_empty empty_strided new_empty_strided sym_size sym_stride sym_numel _assert_async _assert_scalar lift_fresh detach".split()), FREE),
+    **dict.fromkeys((f"aten::{name}" for name in "empty empty_like new_empty empty_strided new_empty_strided sym_size sym_stride sym_numel _assert_async _assert_scalar lift_fresh detach".split()), FREE), "tileweld::stop_gradient": FREE,
 }

@@ -67,6 +67,12 @@ def _without_shift(softmax: Softmax) -> Softmax:
     return softmax
 
 
+def log_sums(softmax: Softmax) -> list[Node]:
+    """The log-sum-exps of the same scores over the same dim that somebody reads besides this softmax."""
+    found = [u for u in softmax.scores.users if is_call(u, aten.logsumexp.default) and [d % len(shape(softmax.scores)) for d in u.args[1]] == [softmax.dim]]
+    return [n for n in found if n not in softmax.inner or any(u not in softmax.inner and u is not softmax.node for u in n.users)]
+
+
 @dataclasses.dataclass
 class Sink:
     """A column concatenated to the scores and dropped after the softmax."""

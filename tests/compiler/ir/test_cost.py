@@ -1,5 +1,7 @@
 """Costs of nodes: against torch's own flop counter, against bytes counted by hand, against masks counted by brute force."""
 
+import functools
+
 import pytest
 import sympy
 import torch
@@ -214,3 +216,33 @@ def test_every_row_is_reached_by_the_name_of_an_op_that_exists():
         namespace, op = name.split("::")
         if namespace == "aten" and not op.startswith("_scaled"):
             assert hasattr(getattr(torch.ops, namespace), op), name
+
+
+def test_every_op_of_ours_has_a_row():
+    import importlib
+    import pkgutil
+
+    from tileweld.compiler import ir
+
+    for module in pkgutil.iter_modules(ir.__path__):
+        importlib.import_module(f"tileweld.compiler.ir.{module.name}")
+    names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("tileweld::")}
+    assert {"tileweld::attention", "tileweld::merge_heads"} <= names and names <= set(cost_rows.ROWS) | {"tileweld::twice"}, names - set(cost_rows.ROWS)  # twice: of another test
+
+
+def test_attention_with_its_sums_costs_attention_and_merging_a_pass():
+    q, k, v = r(2, 4, 6, 8), r(2, 2, 10, 8), r(2, 2, 10, 12)
+    plain, both = (only(functools.partial(lambda op, q, k, v: op(q, k, v, [], [], "s", "True", -float("inf"), "", "nan"), op), q, k, v) for op in (torch.ops.tileweld.attention, torch.ops.tileweld.attention_lse))
+    assert (both.matmul, both.vector, both.read) == (plain.matmul, plain.vector, plain.read) and both.written == plain.written + 4 * 48
+    outs, lses = [r(2, 4, 6, 12) for _ in range(3)], [r(2, 4, 6) for _ in range(3)]
+    merged = only(lambda outs, lses: torch.ops.tileweld.merge_lse(outs, lses, "zero"), outs, lses)
+    assert (merged.vector, merged.read, merged.written) == (2 * 576 * 3 + 4 * 48 * 3, 4 * 3 * (576 + 48), 4 * (576 + 48))
+
+
+def test_merged_heads_count_their_products():
+    """The root of the second moments [17, 17], o^T o, and for each of two groups of two heads the decomposition of [8, 17] values, of keys too without rotary."""
+    q, k, v, o = r(32, 16), r(16, 16), r(16, 16), r(16, 32)
+    counted = [only(lambda q, k, v, o: torch.ops.tileweld.merge_heads(q, k, v, o, None, None, None, 8, 4, 2, rotary, True), q, k, v, o) for rotary in ((4, 2), (0, 0))]
+    products = 2 * 64 * 17**2 + 2 * 16 * 32 * 4
+    assert [c.matmul for c in counted] == [products + 14 * 2 * 64 * 17, products + 14 * 4 * 64 * 17]
+    assert counted[0].read == 4 * (512 + 256 + 256 + 512) and counted[0].written == 4 * (512 + 128 + 128 + 512) + 16
