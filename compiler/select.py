@@ -82,7 +82,7 @@ def attention(node: Node, target: str, options: Options) -> Choice:
     has_lse = node.target is torch.ops.tileweld.attention_lse.default
     if has_lse:
         known["lse"] = True
-    known |= {name: x.dtype for name, x in (("k_dtype", tensors[1]), ("v_dtype", tensors[2])) if x.dtype == torch.int8}
+    known |= {name: x.dtype for name, x in (("k_dtype", tensors[1]), ("v_dtype", tensors[2])) if x.dtype != dtype}
     choice = _generated("attention", target, node, [q, *parts, v, *captures], sizes, (), variant, q_dtype=dtype, capture_dtypes=[c.dtype for c in captured], capture_ranks=[c.dim() for c in captured],
                         head_dim=width, value_dim=value_width, num_sizes=len(sizes), **known)
     if has_lse:

@@ -93,8 +93,8 @@ class Attention(nn.Module):
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k_cache, v_cache = cache
-            k = k_cache.index_copy_(2, positions, k)                                        # [B, Hkv, C, D]
-            v = v_cache.index_copy_(2, positions, v)
+            k = k_cache.index_copy_(2, positions, k.to(k_cache.dtype)).to(q.dtype)          # [B, Hkv, C, D]
+            v = v_cache.index_copy_(2, positions, v.to(v_cache.dtype)).to(q.dtype)
         k, v = repeat_kv(k, self.heads // self.kv_heads), repeat_kv(v, self.heads // self.kv_heads)
 
         scores = torch.matmul(q, k.transpose(2, 3)) * self.head_dim**-0.5                   # [B, H, T, S]
@@ -140,11 +140,11 @@ class Llama(nn.Module):
         self.norm = RMSNorm(c.hidden, c.eps)
         self.lm_head = nn.Linear(c.hidden, c.vocab, bias=False)
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """Zeroed buffers for `capacity` positions, with the weights' dtype and device."""
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> Cache:
+        """Zeroed buffers for `capacity` positions, with the weights' device, and their dtype unless another is given: keys and values are rounded to it."""
         c, weight = self.config, self.lm_head.weight
         return [
-            tuple(torch.zeros(batch, c.kv_heads, capacity, c.head_dim, dtype=weight.dtype, device=weight.device) for _ in "kv")
+            tuple(torch.zeros(batch, c.kv_heads, capacity, c.head_dim, dtype=dtype or weight.dtype, device=weight.device) for _ in "kv")
             for _ in range(c.layers)
         ]
 

@@ -22,7 +22,7 @@ import torch
 
 from ...compiler.errors import UnsupportedError
 from ...compiler.ir import scalar as sc
-from ...compiler.ir.attention import Variant
+from ...compiler.ir.attention import Variant, is_widened
 from ...compiler.ir.kernel import Kernel
 from .printer import SIZE_LIMIT, CppPrinter
 from .score import ELEMENTS, Captures, keys_source, linear_scale, row_source, simplify, sink_source, tile_source, value_source
@@ -39,7 +39,7 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
     """The kernel of a variant, for every B, H, Hk, Hv, Tq, Tk and all strides.
 
     queries: Tq, to which calls must keep, or None for any; all above `STREAMED` give the same kernel, all up to it another one.
-    q_dtype: of q, k, v and the output: float32, float16 or bfloat16. k_dtype, v_dtype: int8 where k or v is (a quantised cache), None for q_dtype. head_dim, value_dim: 1 to `MAX_HEAD_DIM`.
+    q_dtype: of q, k, v and the output: float32, float16 or bfloat16. k_dtype, v_dtype: what `is_widened` to q_dtype, int8 or with float32 a half type (a cache), None for q_dtype. head_dim, value_dim: 1 to `MAX_HEAD_DIM`.
     key_dims: head dims of the parts of the keys, which add up to head_dim, where they are several tensors [B, Hk, Tk, D] with an Hk each.
     lse: is the logarithm of every row's denominator a second output, [B, H, Tq] in float32?
     Tensors of a call: [out, q, *parts of k, v, *captures], [out, lse, q, ...] with lse, then the integers n0, n1, ...; no floats.
@@ -55,8 +55,8 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         raise UnsupportedError(f"keys of head dim {head_dim} in parts of {list(key_dims)}", cure="parts of at least 1 that add up to the head dim")
     k_dtype, v_dtype = k_dtype or q_dtype, v_dtype or q_dtype
     for name, dtype in (("k", k_dtype), ("v", v_dtype)):
-        if dtype not in (q_dtype, torch.int8):
-            raise UnsupportedError(f"no C++ attention kernel for q of {q_dtype} and {name} of {dtype}", cure="give them one dtype, or int8 keys and values")
+        if dtype != q_dtype and not is_widened(dtype, q_dtype):
+            raise UnsupportedError(f"no C++ attention kernel for q of {q_dtype} and {name} of {dtype}", cure="give them one dtype, int8 keys and values, or with q of float32 half types")
     captures = Captures(tuple(capture_dtypes), tuple(capture_ranks))
     score, mask, fill = simplify(variant)
     scale = linear_scale(score)

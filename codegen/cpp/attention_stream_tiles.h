@@ -18,6 +18,21 @@ struct KeyRows {
     int64_t stride[PARTS];
 };
 
+// Rows of memory that will be read soon, into the L2 cache while there is something to compute: values while keys are multiplied, and the keys behind
+// them while values are. 700 keys of 4 KV heads for 16 query heads, out of memory, six layers: 0.41 instead of 0.59 ms; into the L1 cache 0.49.
+struct Ahead {
+    const char* at;  // null: nothing comes
+    int64_t stride, bytes;
+    void fetch(int row) const {
+        if (at == nullptr) return;
+        for (int64_t n = 0; n < bytes; n += 64) __builtin_prefetch(at + row * stride + n, 0, 2);
+    }
+};
+template <class Stored>
+INLINE Ahead rows_ahead(const Stored* from, const int64_t* stride, int width, bool comes) {
+    return {comes && stride[3] == 1 ? reinterpret_cast<const char*>(from) : nullptr, stride[2] * int64_t(sizeof(Stored)), width * int64_t(sizeof(Stored))};
+}
+
 // lane n of the result is the sum of x[n]'s lanes: a tree of log2(VL) levels instead of VL sums of their own
 template <int step, size_t... lane>
 INLINE Vector add_pair(Vector x, Vector y, std::index_sequence<lane...>) {
@@ -31,8 +46,9 @@ INLINE Vector sums_of(const Vector* x) {
 }
 
 // scores[n] = q . keys[n] for n < count, rounded up to VL; the rows behind the last one repeat it
-INLINE void dot_row(const float* q, const KeyRows& keys, int count, float* scores) {
+INLINE void dot_row(const float* q, const KeyRows& keys, int count, float* scores, const Ahead& next) {
     for (int first = 0; first < count; first += VL) {
+        for (int n = first; n < first + VL && n < count; ++n) next.fetch(n);
         Vector sums[VL] = {};
 #pragma GCC unroll 16
         for (int lane = 0; lane < VL; ++lane)
@@ -48,9 +64,8 @@ INLINE void dot_row(const float* q, const KeyRows& keys, int count, float* score
 
 // scores[r][n] = q[r] . keys[n] for R rows and n < count, rounded up to VL / R; the keys behind the last one repeat it.
 // VL products at a time: their sums are one tree, and a vector of a key is loaded once for R rows.
-// ahead: the keys of the next tile are fetched on the way (rows a power of two apart defeat the processor's own prefetching: 12% at 2048 bytes).
 template <int R>
-INLINE void dot_tile(const float* q, const KeyRows& keys, int first, int count, float* scores, bool ahead) {
+INLINE void dot_tile(const float* q, const KeyRows& keys, int first, int count, float* scores) {
     constexpr int C = VL / R;
     Vector sums[VL] = {};
 #pragma GCC unroll 2
@@ -64,9 +79,6 @@ INLINE void dot_tile(const float* q, const KeyRows& keys, int first, int count, 
             Vector columns[C];
 #pragma GCC unroll 16
             for (int c = 0; c < C; ++c) columns[c] = load_vector(key[c] + d);
-            if (ahead)
-#pragma GCC unroll 16
-                for (int c = 0; c < C; ++c) __builtin_prefetch(key[c] + C * keys.stride[part] + d);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
                 const Vector x = load_vector(q + r * DP + start + d);
@@ -84,19 +96,21 @@ INLINE void dot_tile(const float* q, const KeyRows& keys, int first, int count, 
 constexpr int TILE_ROWS_OF_KEYS = VL == 4 ? 2 : 4;
 
 // scores [rows, CHUNK] of the keys [0, count); q and scores have whole tiles of rows
-static __attribute__((noinline)) void dot_keys(const float* q, const KeyRows& keys, int rows, int count, float* scores) {
+static __attribute__((noinline)) void dot_keys(const float* q, const KeyRows& keys, int rows, int count, float* scores, Ahead next) {
     if (rows < FROM_TILES) {
-        for (int r = 0; r < rows; ++r) dot_row(q + r * DP, keys, count, scores + r * CHUNK);
+        for (int r = 0; r < rows; ++r, next.at = nullptr) dot_row(q + r * DP, keys, count, scores + r * CHUNK, next);
     } else {
         constexpr int R = TILE_ROWS_OF_KEYS;
-        for (int first = 0; first < count; first += VL / R)
-            for (int r = 0; r < rows; r += R) dot_tile<R>(q + r * DP, keys, first, count, scores + r * CHUNK, r == 0);
+        for (int first = 0; first < count; first += VL / R) {
+            for (int n = first; n < first + VL / R && n < count; ++n) next.fetch(n);
+            for (int r = 0; r < rows; r += R) dot_tile<R>(q + r * DP, keys, first, count, scores + r * CHUNK);
+        }
     }
 }
 
 // sums[r] (+)= sum over keys of p[r][key] values[key], R rows by N vectors of columns
 template <int R, int N>
-INLINE void value_tile(const float* p, const float* values, int64_t stride, int count, float* sums) {
+INLINE void value_tile(const float* p, const float* values, int64_t stride, int count, float* sums, const Ahead& next) {
     Vector total[R][N];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -104,9 +118,7 @@ INLINE void value_tile(const float* p, const float* values, int64_t stride, int 
         for (int n = 0; n < N; ++n) total[r][n] = load_vector(sums + r * DVP + n * VL);
     for (int key = 0; key < count; ++key) {
         Vector columns[N];
-        if constexpr (R > 1)
-#pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) __builtin_prefetch(values + (key + 6) * stride + n * VL);
+        next.fetch(key);
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) columns[n] = load_vector(values + key * stride + n * VL);
 #pragma GCC unroll 8
@@ -120,24 +132,27 @@ INLINE void value_tile(const float* p, const float* values, int64_t stride, int 
         for (int n = 0; n < N; ++n) store_vector(sums + r * DVP + n * VL, total[r][n]);
 }
 template <int R, int N>
-INLINE void value_rows(const float* p, const float* values, int64_t stride, int count, float* sums) {
+INLINE void value_rows(const float* p, const float* values, int64_t stride, int count, float* sums, Ahead next) {
     int d = 0;
 #pragma GCC unroll 1
-    for (; d + N * VL <= DVP; d += N * VL) value_tile<R, N>(p, values + d, stride, count, sums + d);
-    if constexpr (DVP / VL % N > 0) value_tile<R, DVP / VL % N>(p, values + d, stride, count, sums + d);
+    for (; d + N * VL <= DVP; d += N * VL) {
+        value_tile<R, N>(p, values + d, stride, count, sums + d, next);
+        next.at = nullptr;
+    }
+    if constexpr (DVP / VL % N > 0) value_tile<R, DVP / VL % N>(p, values + d, stride, count, sums + d, next);
 }
 
 // sums [rows, DVP] += p [rows, CHUNK] values [count]; p and sums have whole tiles of rows
-static __attribute__((noinline)) void add_values(const float* p, const float* values, int64_t stride, int rows, int count, float* sums) {
+static __attribute__((noinline)) void add_values(const float* p, const float* values, int64_t stride, int rows, int count, float* sums, Ahead next) {
     constexpr int R = TILE_ROWS_OF_KEYS;
     if (rows < FROM_TILES) {
-        for (int r = 0; r < rows; ++r) value_rows<1, 8>(p + r * CHUNK, values, stride, count, sums + r * DVP);
+        for (int r = 0; r < rows; ++r, next.at = nullptr) value_rows<1, 8>(p + r * CHUNK, values, stride, count, sums + r * DVP, next);
         return;
     }
     int r = 0;
     if constexpr (VL == 16)
-        for (; rows - r > R; r += 2 * R) value_rows<2 * R, 3>(p + r * CHUNK, values, stride, count, sums + r * DVP);  // a value that is not in the L1 cache is read half as often
-    for (; r < rows; r += R) value_rows<R, VL == 16 ? 4 : 2>(p + r * CHUNK, values, stride, count, sums + r * DVP);
+        for (; rows - r > R; r += 2 * R, next.at = nullptr) value_rows<2 * R, 3>(p + r * CHUNK, values, stride, count, sums + r * DVP, next);  // a value that is not in the L1 cache is read half as often
+    for (; r < rows; r += R, next.at = nullptr) value_rows<R, VL == 16 ? 4 : 2>(p + r * CHUNK, values, stride, count, sums + r * DVP, next);
 }
 
 // `count` rows of `width` in fp32, in place where they already are: returns where they lie, and their stride; else copied to rows of `row`

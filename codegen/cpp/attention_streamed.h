@@ -38,7 +38,7 @@ static void stream_keys(const Call& call, const Group& group, int64_t j_lo, int6
             if (unseen(j, j + count)) continue;
             KeyRows rows_of_k;
             stage_keys(keys, call.k_stride, j, count, staged, rows_of_k, std::make_index_sequence<PARTS>());
-            dot_keys(q, rows_of_k, rows, count, scores);
+            dot_keys(q, rows_of_k, rows, count, scores, rows_ahead(values + j * call.v_stride[2], call.v_stride, DV, !values_are_keys));
             int64_t stride = rows_of_k.stride[0];
             const float* rows_of_v = values_are_keys ? rows_of_k.at[0] : stage_rows<DV>(values + j * call.v_stride[2], call.v_stride, count, staged, DVP, &stride);
             for (int r = 0; r < rows; ++r) {
@@ -50,7 +50,7 @@ static void stream_keys(const Call& call, const Group& group, int64_t j_lo, int6
                 if (shrink != 1.0f)
                     for (int d = 0; d < DVP; d += VL) store_vector(sums + r * DVP + d, load_vector(sums + r * DVP + d) * shrink);
             }
-            add_values(scores, rows_of_v, stride, rows, count, sums);
+            add_values(scores, rows_of_v, stride, rows, count, sums, rows_ahead(keys[0] + (j + CHUNK) * call.k_stride[0][2], call.k_stride[0], PART_SIZE[0], j + 2 * CHUNK <= j_hi));
         }
     }
 }

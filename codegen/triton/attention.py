@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from ...compiler.errors import UnsupportedError
-from ...compiler.ir.attention import Variant
+from ...compiler.ir.attention import Variant, is_widened
 from ...compiler.ir.kernel import Kernel
 from .decode import combine_parameters, decode_kernels
 from .kernel import KEYS, AttentionText
@@ -150,7 +150,7 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
          num_sizes: int = 0, key_dims: Sequence[int] = (), k_dtype: torch.dtype | None = None, v_dtype: torch.dtype | None = None, lse: bool = False) -> Kernel:
     """The kernel of a variant, for every B, H, Hk, Hv, Tq, Tk and all strides.
 
-    q_dtype: of q, k, v and the output: float16, bfloat16 or float32. k_dtype, v_dtype: int8 where k or v is (a quantised cache), None for q_dtype. head_dim, value_dim: 1 to `MAX_HEAD_DIM`.
+    q_dtype: of q, k, v and the output: float16, bfloat16 or float32. k_dtype, v_dtype: what `is_widened` to q_dtype, int8 or with float32 a half type (a cache), None for q_dtype. head_dim, value_dim: 1 to `MAX_HEAD_DIM`.
     key_dims: head dims of the parts of the keys, which add up to head_dim, where they are two tensors [B, Hk, Tk, D] with an Hk each.
     lse: is the logarithm of every row's denominator a second output, [B, H, Tq] contiguous in float32?
     Tensors of a call: [out, q, *parts of k, v, *captures], [out, lse, q, ...] with lse, then the integers n0, n1, ...; no floats.
@@ -163,7 +163,7 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         raise UnsupportedError(f"keys of head dim {head_dim} in parts of {list(key_dims)}", cure=f"at most {len(KEYS)} parts of at least 1 that add up to the head dim")
     if (width := sum(chunk.width for dim in key_dims for chunk in chunks(dim))) > MAX_WIDTH:
         raise UnsupportedError(f"keys in parts of {list(key_dims)} take tiles of {width} dims", cure=f"{MAX_WIDTH} are supported: parts that are powers of two need no padding")
-    text = AttentionText(variant, key_dims, value_dim, q_dtype, k_dtype == torch.int8, v_dtype == torch.int8, lse)
+    text = AttentionText(variant, key_dims, value_dim, q_dtype, k_dtype != q_dtype, v_dtype != q_dtype, lse)
     letters = ["q", *text.keys, "v", "o"]
     tensors = [f"stride_{letter}{axis}" for letter in letters for axis in _STRIDES[letter][1]]
     pointers = ["out_ptr", *(["lse_ptr"] if lse else []), "q_ptr", *(f"{letter}_ptr" for letter in text.keys), "v_ptr"]
@@ -182,12 +182,12 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
     prefill_aot, prefill_constants = aot(text.prefill, "BLOCK_M", "BLOCK_N")
     decode_aot, decode_constants = aot(text.decode, "BLOCK_M", "BLOCK_N", "SPLIT", "REDO")
     combine_aot, _ = aot(combine_parameters(lse), "SPLITS")
-    dtype = str(q_dtype).removeprefix("torch.")
+    dtype = _name(q_dtype)
     captures = ", ".join(f"c{k} {str(d).removeprefix('torch.')}[{rank}-d]" for k, (d, rank) in enumerate(zip(capture_dtypes, capture_ranks, strict=True)))
     source = fill(
         MODULE, score=variant.score, mask=variant.mask, fill=variant.fill, empty={"nan": "nan", "zero": "0", "added": "the mean"}[variant.empty], sink=variant.sink or "none", value=variant.value or "1",
-        widened="q.dtype != torch.float32" if text.wide_range else "q.dtype == torch.bfloat16",
-        dtypes=dtype + "".join(f", {name} int8" for name, d in (("k", k_dtype), ("v", v_dtype)) if d == torch.int8) + (f", {captures}" if captures else ""), head_dim=" + ".join(map(str, key_dims)), value_dim=value_dim, keys=", ".join(text.keys), outputs="out, lse" if lse else "out", near="near, lse" if lse else "near", output_tensors="out [B, H, Tq, Dv]" + (", lse [B, H, Tq]" if lse else ""),
+        widened="q.dtype != torch.float32" if text.wide_range else "torch.bfloat16 in (q.dtype, k.dtype, v.dtype)",
+        dtypes=dtype + "".join(f", {name} {_name(d)}" for name, d in (("k", k_dtype), ("v", v_dtype)) if d != q_dtype) + (f", {captures}" if captures else ""), head_dim=" + ".join(map(str, key_dims)), value_dim=value_dim, keys=", ".join(text.keys), outputs="out, lse" if lse else "out", near="near, lse" if lse else "near", output_tensors="out [B, H, Tq, Dv]" + (", lse [B, H, Tq]" if lse else ""),
         empty_lse='lse.fill_(float("-inf"))' if lse else [],
         key_tensors=", ".join(f"{x} [B, Hk, Tk, {dim}]" for x, dim in zip(text.keys, key_dims)), key_test="".join(f" and k.shape[1] % {x}.shape[1] == 0" for x in text.keys[1:]), captures=captures or "no captures",
         sizes=", ".join(f"n{n}" for n in range(num_sizes)) or "none", functions=text.functions(), prefill=prefill, decode=decode,
@@ -197,17 +197,21 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         decode_configs=[_configs(q_dtype, key_dims, value_dim, backend, decode=True) for backend in ("cuda", "ampere", "hip", "cpu")],
         prefill_aot=prefill_aot, prefill_constants=prefill_constants, decode_aot=decode_aot, decode_constants=decode_constants, combine_aot=combine_aot)
     detail = f"score={variant.score} mask={variant.mask} {dtype} head dim {head_dim}" + (f"/{value_dim}" if value_dim != head_dim else "")
-    detail += "".join(f" {name} int8" for name, d in (("k", k_dtype), ("v", v_dtype)) if d == torch.int8) + (f" value={variant.value}" if variant.value else "")
+    detail += "".join(f" {name} {_name(d)}" for name, d in (("k", k_dtype), ("v", v_dtype)) if d != q_dtype) + (f" value={variant.value}" if variant.value else "")
     detail += " with log-sum-exp" if lse else ""
     return Kernel(name="attention", language="triton", source=source, entry="attention", rewrite="attention", detail=detail)
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 def _check(q_dtype, others, capture_dtypes, head_dim, value_dim):
     if q_dtype not in DTYPES:
         raise UnsupportedError(f"no Triton attention kernel for {q_dtype}", cure="use float16, bfloat16 or float32, or the reference target")
     for name, dtype in others.items():
-        if dtype not in (q_dtype, torch.int8):
-            raise UnsupportedError(f"no Triton attention kernel for q of {q_dtype} and {name} of {dtype}", cure="give them one dtype, or int8 keys and values")
+        if dtype != q_dtype and not is_widened(dtype, q_dtype):
+            raise UnsupportedError(f"no Triton attention kernel for q of {q_dtype} and {name} of {dtype}", cure="give them one dtype, int8 keys and values, or with q of float32 half types")
     for name, width in (("head", head_dim), ("value", value_dim)):
         if not 1 <= width <= MAX_HEAD_DIM:
             raise UnsupportedError(f"no Triton attention kernel for {name} dim {width}", cure=f"1 to {MAX_HEAD_DIM} are supported")

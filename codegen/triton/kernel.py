@@ -83,9 +83,9 @@ def attention_kernel($arguments):
 class AttentionText:
     """The parts of one variant's kernel as text."""
 
-    def __init__(self, variant: Variant, key_dims: tuple[int, ...], value_dim: int, q_dtype: torch.dtype, int8_keys: bool = False, int8_values: bool = False, lse: bool = False):
-        self.lse, self.variant, self.single, self.int8_keys, self.int8_values = lse, variant, q_dtype == torch.float32, int8_keys, int8_values
-        self.wide_range = q_dtype == torch.float16 and int8_values and variant.value_expr is not None  # weights times a scale of 1e-4 leave fp16's normal numbers; bf16 holds int8 exactly
+    def __init__(self, variant: Variant, key_dims: tuple[int, ...], value_dim: int, q_dtype: torch.dtype, widened_keys: bool = False, widened_values: bool = False, lse: bool = False):
+        self.lse, self.variant, self.single, self.widened_keys, self.widened_values = lse, variant, q_dtype == torch.float32, widened_keys, widened_values
+        self.wide_range = q_dtype == torch.float16 and widened_values and variant.value_expr is not None  # weights times a scale of 1e-4 leave fp16's normal numbers; bf16 holds int8 exactly
         self.keys = KEYS[:len(key_dims)]
         starts = [sum(key_dims[:n]) for n in range(len(key_dims))]
         self.key_chunks = [(letter, start, dataclasses.replace(c, start=start + c.start)) for letter, start, dim in zip(self.keys, starts, key_dims) for c in chunks(dim)]
@@ -140,13 +140,13 @@ class AttentionText:
         for n, (letter, start, chunk) in enumerate(self.key_chunks):
             dims = f"(dims{n}[:, None] - {start})" if start else f"dims{n}[:, None]"
             lines += self._load(f"k{n}", f"{letter}_tile + {dims} * stride_{letter}d + keys[None, :] * stride_{letter}j", chunk, f"dims{n}[:, None]", "j")
-            lines.append(f"s = tl.dot(q{n}, k{n}{self.cast(self.int8_keys)}{', s' if n else ''}{precision})")
+            lines.append(f"s = tl.dot(q{n}, k{n}{self.cast(self.widened_keys)}{', s' if n else ''}{precision})")
         return lines
 
     @staticmethod
-    def cast(int8: bool) -> str:
-        """int8 elements become q's dtype in registers, which holds them exactly."""
-        return ".to(q0.dtype)" if int8 else ""
+    def cast(widened: bool) -> str:
+        """Stored elements become q's dtype in registers, which holds them exactly."""
+        return ".to(q0.dtype)" if widened else ""
 
     def softmax(self) -> list[str]:
         masked, plain = (self.in_tile(self.score, masked) + ("" if self.score.has(sc.S) else " + tl.zeros_like(s)") for masked in (True, False))
@@ -185,7 +185,7 @@ class AttentionText:
             lines.append(f"w = p * ({plain})" if masked == plain else f"if MASKED:\n    w = p * ({masked})\nelse:\n    w = p * ({plain})")
         for n, chunk in enumerate(self.v_chunks):
             lines += self._load(f"v{n}", f"v_tile + keys[:, None] * stride_vj + vdims{n}[None, :] * stride_vd", chunk, f"vdims{n}[None, :]", "(j0 + keys[:, None])")
-            if self.int8_values:
+            if self.widened_values:
                 lines.append(f"v{n} = v{n}.to({'tl.bfloat16 if q0.dtype == tl.float16 else ' if self.wide_range else ''}q0.dtype)")
             lines.append(f"acc{n} = tl.dot({weights}.to(v{n}.dtype), v{n}, acc{n} * alpha[:, None]{precision})")
         return lines

@@ -11,7 +11,7 @@ that the denominator does not see, of positions and captures alone (no s), "" fo
 
 k and v may be int8 with q of a float dtype, each of them: an int8 KV cache that is not dequantised. Its scales are captures: K's, one a token and
 KV head, a factor of s in ``score``, V's a factor in ``value``: (s0 k8) . q = s0 (k8 . q), p (s1 v8) = (p s1) v8. Integers have no gradient;
-q and the scales have.
+q and the scales have. With q of float32 they may also be float16 or bfloat16, a cache of half its bytes: a kernel widens them where it reads them.
 
 This file is the meaning; kernels are tested against it in float64. Rows are taken in blocks, so that memory stays
 O(block x Tk) forward and backward. Backward formulas: dP = dO v^T, dS = P (dP - sum(P dP)), chained through d score / d s and
@@ -93,6 +93,11 @@ def variant_of(captures, score, mask, fill, sink, empty, value="") -> Variant:
     return Variant(score, mask, float(fill), sink, empty, integer_captures(captures), value)
 
 
+def is_widened(stored: torch.dtype, dtype: torch.dtype) -> bool:
+    """May keys or values be stored so where q has ``dtype``? Every number of ``stored`` is one of ``dtype``, and kernels widen it in registers."""
+    return stored == torch.int8 or (dtype == torch.float32 and stored in (torch.float16, torch.bfloat16))
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Scores are computed in float32, in float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -102,7 +107,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def attention(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes: Sequence[int], score: str, mask: str, fill: float, sink: str, empty: str, value: str = "") -> Tensor:
     """Attention with a scalar-language score and mask.
 
-    q [B, H, Tq, D], k [B, Hk, Tk, D], v [B, Hv, Tk, Dv] with Hk and Hv dividing H; float dtypes, k and v int8 too; any strides.
+    q [B, H, Tq, D], k [B, Hk, Tk, D], v [B, Hv, Tk, Dv] with Hk and Hv dividing H; float dtypes, k and v also what `is_widened` allows; any strides.
     captures: c0, c1, ... of any rank and dtype; sizes: n0, n1, ...
     Returns [B, H, Tq, Dv] in q's dtype, laid out as [B, Tq, H, Dv] in memory (the transpose that follows is then free).
     """

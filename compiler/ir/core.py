@@ -195,7 +195,7 @@ def _assemble(graph, parts, symbols, roles, sources, dtype, every_head):
             x = insert(graph, aten.expand.default, x, [size_node(graph, n, sources) for n in full])
         if part.scale != 1.0:
             x = insert(graph, aten.mul.Tensor, x, part.scale)
-        if value(x).dtype != dtype and not (len(parts) == 1 and value(x).dtype == torch.int8):
+        if value(x).dtype != dtype and not (len(parts) == 1 and symbols[2] == sc.J and _attention_op.is_widened(value(x).dtype, dtype)):
             x = insert(graph, aten.to.dtype, x, dtype)
         pieces.append(x)
     return pieces[0] if len(pieces) == 1 else insert(graph, aten.cat.default, pieces, -1)

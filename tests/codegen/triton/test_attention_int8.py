@@ -77,7 +77,7 @@ def test_keys_or_values_alone_and_other_factors():
 
 
 def test_refusals():
-    for wrong in ({"k_dtype": torch.int16}, {"v_dtype": F16}):
+    for wrong in ({"k_dtype": torch.int16}, {"v_dtype": torch.float64}):
         with pytest.raises(UnsupportedError, match="no Triton attention kernel for q of torch.float32 and"):
             emit(Variant(), q_dtype=F32, head_dim=16, value_dim=16, **wrong)
 
