@@ -2,7 +2,8 @@
 
 Contenders take turns in one process; medians. Few rows: as many weights in turn as leave the caches empty, GB/s of weights, beside a loop that only reads the same memory
 (the floor) and tileweld's kernel of float32 weights. Many rows: GOPS, beside F.linear in float32, tileweld's kernel of it, and the bare int32 product of torch._int_mm, which neither
-quantises nor scales. torchao where it is installed. On a machine that others use too, run with OMP_NUM_THREADS=1 and --clock cpu: the processor time of the calling thread.
+quantises nor scales. "products alone": tileweld's packing and micro-kernels, and torch's brgemm u8s8 with weights that were packed before, both into a tile that stays in the cache; the
+best of brgemm's sizes of blocks. torchao where it is installed. On a machine that others use too, run with OMP_NUM_THREADS=1 and --clock cpu: the processor time of the calling thread.
 """
 from __future__ import annotations
 
@@ -24,6 +25,48 @@ from tileweld.runtime.launch import CppLauncher
 F32 = torch.float32
 CASES = {**{f"decode {M} x {K} -> {N}": (M, K, N) for M, K, N in ((1, 1024, 4096), (1, 4096, 1024), (1, 576, 1536), (1, 2048, 2048), (4, 1024, 4096), (8, 1024, 4096))},
          **{f"prefill {M} x {K} -> {N}": (M, K, N) for M, K, N in ((32, 1024, 4096), (64, 1024, 4096), (512, 576, 1536), (1024, 768, 4096), (1024, 2048, 768), (1024, 2048, 2048))}}
+#: behind the source of a kernel for many rows: its packing and products, without what comes before and after. `kept`: sums of all rows and columns; else one tile
+PRODUCTS = """
+extern "C" void products(const int8_t* q, const int8_t* t, int32_t* sums, int64_t rows, int64_t columns, bool kept) {
+#pragma omp parallel
+    {
+        float* packed = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * STRIP * LANES));
+        float own[BLOCK_ROWS * STRIP];
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t n = 0; n < columns; n += STRIP) {
+            for (int64_t p = 0; p < STRIP; p += PANEL) pack(Source{q + n * K, K}, p, STRIP - p, 0, LANES, packed + p * LANES);
+            for (int64_t i = 0; i < rows; i += BLOCK_ROWS)
+                for (int64_t p = 0; p < STRIP; p += PANEL)
+                    multiply_block<2>(int(smaller(BLOCK_ROWS, rows - i)), reinterpret_cast<const float*>(t + i * K), LANES, packed + p * LANES, LANES,
+                                      kept ? reinterpret_cast<float*>(sums) + i * columns + n + p : own + p, kept ? columns : STRIP, true);
+        }
+        std::free(packed);
+    }
+}
+"""
+BRGEMM = """
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+#include <omp.h>
+namespace at::native::cpublas {
+void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C, const unsigned char* A, const signed char* B, int32_t* C, bool is_vnni);
+void brgemm_release(bool is_vnni);
+}
+// packed: [columns / width][K / 4][width][4]
+extern "C" void products(const int8_t* packed, const uint8_t* t, int32_t* sums, int64_t rows, int64_t columns, int64_t K, int64_t height, int64_t width, bool kept) {
+#pragma omp parallel
+    {
+        std::vector<int32_t> own(size_t(height * width));
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t n = 0; n < columns; n += width)
+            for (int64_t i = 0; i < rows; i += height)
+                at::native::cpublas::brgemm(std::min(height, rows - i), width, K, K, width, kept ? columns : width, false, t + i * K, packed + n * K, kept ? sums + i * columns + n : own.data(), true);
+        at::native::cpublas::brgemm_release(true);
+    }
+}
+"""
+HEIGHTS, WIDTHS = (48, 64, 128, 256), (32, 64, 128)  # of brgemm's blocks
 OUTLIERS = 6  # columns of "mixed", out of K
 
 
@@ -46,6 +89,29 @@ def torchao_modules(weights, dynamic: bool) -> list | None:
     return modules
 
 
+def products(source: str, q: torch.Tensor, M: int) -> dict:
+    """contender -> call, the products of M rows of bytes with q [N, K] alone. Sums are compared to those of int64 first."""
+    N, K = q.shape
+    t, sums = torch.randint(-127, 128, (M, K), dtype=torch.int8), torch.empty(M, N, dtype=torch.int32)
+    exact = t.double() @ q.double().T
+    has_brgemm = torch.cpu._is_vnni_supported()
+    ours, *theirs = compile_cpp([CppUnit("products", source + PRODUCTS), *([CppUnit("products_brgemm", BRGEMM, link_torch=True)] if has_brgemm else [])])
+    own = lambda kept=False: ours.products(*map(ctypes.c_void_p, (q.data_ptr(), t.data_ptr(), sums.data_ptr())), *map(ctypes.c_int64, (M, N)), ctypes.c_bool(kept))  # noqa: E731
+    own(True)
+    excess = 128 * t.double().sum(1, keepdim=True) if has_brgemm else 0.0  # see int8_bytes.h
+    assert torch.equal(sums.double() - excess, exact)
+    calls, raised = {"tileweld, products alone": own}, (t.int() + 128).to(torch.uint8)
+    for width in WIDTHS if theirs else ():
+        packed = q.view(N // width, width, K // 4, 4).transpose(1, 2).contiguous()
+        for height in HEIGHTS:
+            def call(kept=False, packed=packed, height=height, width=width):
+                theirs[0].products(*map(ctypes.c_void_p, (packed.data_ptr(), raised.data_ptr(), sums.data_ptr())), *map(ctypes.c_int64, (M, N, K, height, width)), ctypes.c_bool(kept))
+            call(True)
+            assert torch.equal(sums.double(), exact + 128 * q.double().sum(1)), (height, width)
+            calls[f"brgemm u8s8, products alone, {height} x {width}"] = call
+    return calls
+
+
 def run(name: str, rounds: int, clock, read_all) -> list[dict]:
     M, K, N = CASES[name]
     is_few = name.startswith("decode")
@@ -61,8 +127,11 @@ def run(name: str, rounds: int, clock, read_all) -> list[dict]:
     contenders = {}
     for label, activation, scales in (("float", "float", step), ("float, groups of 64", "float", groups), ("int8", "int8", step), ("mixed", "mixed", step)):
         unit = [[stride == 1 for stride in t.stride()] for t in (out, x, memory[0], scales)]
-        launch = launcher(int8_linear.emit(Spec(), x_dtype=F32, widths=[N], k=K, activation=activation, groups=[scales.shape[1]], rows=M, unit=unit))
+        kernel = int8_linear.emit(Spec(), x_dtype=F32, widths=[N], k=K, activation=activation, groups=[scales.shape[1]], rows=M, unit=unit)
+        launch = launcher(kernel)
         launch([out, x, memory[0], scales], (), (EPS, 6.0))
+        if label == "int8" and not is_few:
+            contenders |= products(kernel.source, memory[0], M)
         exact = reference(x, [memory[0]], [scales], [], (), EPS, Spec(), activation, 6.0)[0]
         assert (out - exact).abs().max() <= 1e-4 * exact.abs().max(), label
         contenders[f"tileweld {label}"] = lambda launch=launch, scales=scales: [launch([out, x, q, scales], (), (EPS, 6.0)) for q in memory]
@@ -79,6 +148,8 @@ def run(name: str, rounds: int, clock, read_all) -> list[dict]:
         if modules is not None:
             contenders[label] = lambda modules=modules: [module(x) for module in modules]
     taken = measure(contenders, rounds, clock)
+    slower = sorted((label for label in taken if label.startswith("brgemm")), key=taken.get)[1:]
+    taken = {label: seconds for label, seconds in taken.items() if label not in slower}
     rows = []
     for label, seconds in taken.items():
         count = len(floats) if label in ("tileweld float32", "torch float32") or "torchao" in label else copies
