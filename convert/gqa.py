@@ -12,7 +12,7 @@ from ..compiler.errors import ConversionError, OptionError
 from ..compiler.ir.head_groups import group_heads
 from ..compiler.ir.head_merge import METHODS, Heads, merge_layer, ratio, refit_output, similarity
 from .flow import Flow, trace
-from .linears import refuse_int8
+from .linears import matrix, refuse_int8
 from .observe import Inputs, Stop, calibration_inputs, evaluating, hooked, probe_calls, random_inputs, run
 from .probe import Gauge, attention_received, cast, find_gauge, isolated, settled
 from .report import ConversionReport, LayerReport
@@ -55,7 +55,7 @@ def to_gqa(model: nn.Module, num_kv_heads: int, calibration: Tensor | Mapping[st
     method:       "data": the best low-rank merge of what scores and output feel; "aligned": heads turned onto each other, then averaged;
                   "mean": neighbours averaged as they are, from which the GQA paper starts its training.
     max_residual: layers with a larger residual (report.LayerReport) stay as they are; the model then has layers of several sizes.
-    refit:        ridge fit of the output projection to the calibration tokens; None: for "data", if there is calibration.
+    refit:        ridge fit of the output projection to the calibration tokens; None: for "data", if there is calibration. It finds work for heads that are dead: prune before.
     seed:         of the annealing that groups more than 14 heads.
 
     Optimizers hold the old parameters: make them after converting. Raises ConversionError, naming the layer, if one cannot be converted or
@@ -152,12 +152,12 @@ def _fit_calibrated(model: nn.Module, sites: list[Site], inputs: Inputs, plan: P
         if plan.refit:
             def refit(module, given):
                 goal = target.double() - (0 if module.bias is None else module.bias.double())
-                module.weight.copy_(refit_output(second(given[0]).double(), goal, module.weight.double())[0])
+                matrix(module).copy_(refit_output(second(given[0]).double(), goal, matrix(module).double())[0])
             out.register_forward_pre_hook(refit)
         out.register_forward_hook(lambda module, given, result: seen.__setitem__("new", result))
         new = twin(*args, **kwargs)
         residual = ratio(second(seen["new"]).double() - same_input.double(), same_input.double())
-        refitted = out.weight.double().unflatten(1, (site.heads, site.dv)).transpose(0, 1)
+        refitted = matrix(out).double().unflatten(1, (site.heads, site.dv)).transpose(0, 1)
         fit = _limited(Fit(site, replace(fit.heads, o=refitted), replace(fit.report, residual=residual)), plan)
         fits.append(fit)
         if fit.heads is None:

@@ -59,13 +59,22 @@ def check_linear(name: str, linear: nn.Module) -> None:
     if isinstance(linear, Int8Linear):
         raise ConversionError("it is int8 already", where=name, cure="convert first, then quantize_")
     if not is_linear(linear):
-        raise ConversionError(f"it is a {type(linear).__module__}.{type(linear).__qualname__}, not torch.nn.Linear: quantised, sharded, with an adapter, or a layer of its own kind", where=name, cure="dequantise, gather or merge it first, or put an nn.Linear with its weight in its place")
+        raise ConversionError(f"it is a {type(linear).__module__}.{type(linear).__qualname__}, not torch.nn.Linear: quantised, sharded, with an adapter, or a layer of its own kind", where=name,
+                              cure="dequantise, gather or merge it first, or put an nn.Linear with its weight in its place")
+    check_plain(name, linear)
+    for tensor in (linear.weight, linear.bias):
+        if tensor is not None and tensor.dtype not in _FLOATS:
+            raise ConversionError(f"its weight is {tensor.dtype}: quantised", where=name, cure="dequantise it first")
+
+
+def check_plain(name: str, linear: nn.Module) -> None:
+    """Refuse weights that are another kind of tensor (DTensor, a library's quantised one), have no numbers, or not the size that the layer states. Raises ConversionError."""
     for tensor in (linear.weight, linear.bias):
         if tensor is None:
             continue
         if type(tensor) not in (Tensor, nn.Parameter) or type(tensor.data) is not Tensor:
             raise ConversionError(f"its weight is a {type(tensor.data).__name__}: quantised or sharded", where=name, cure="dequantise or gather it first")
-        if tensor.dtype not in _FLOATS:
+        if tensor.is_quantized:
             raise ConversionError(f"its weight is {tensor.dtype}: quantised", where=name, cure="dequantise it first")
         if tensor.device.type == "meta":
             raise ConversionError("its weight is on the meta device, without numbers", where=name, cure="load the weights first")

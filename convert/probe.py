@@ -94,6 +94,9 @@ def settled(site: Site, call: Call) -> Site:
 def find_gauge(site: Site, call: Call) -> Gauge:
     """Raises ConversionError, naming the layer, if values or keys have no gauge known here."""
     trial = _Trial(site, call)
+    if not trial.expected.isfinite().all():
+        raise ConversionError("its output has inf or NaN" + (": its weights do" if not all(p.isfinite().all() for p in site.module.parameters()) else " on the inputs that it was given"), where=site.name,
+                              cure="look for what overflows; weights that are not finite cannot be converted")
     base, chance, same, turns, over_queries = trial.base, trial.chance, trial.same, trial.turns, trial.over_queries
     if not trial.frees_values():
         raise ConversionError("another basis of the values changes its output: a norm, cap or gate stands between values and output, or query head h does not read KV head "

@@ -16,6 +16,7 @@ from ..compiler.ir.int8_linear import dequantized, quantized
 from ..compiler.ir.int8_scheme import Int8
 from .calibrate import input_maxima
 from .int8_modules import Int8Embedding, Int8Linear
+from .linears import check_plain
 
 AT_ONCE = 1 << 20  # elements that are quantised at a time: what it needs beside the result stays below 20 MB
 RELATIVE = 3  # SmolLM2: 4.8 % of the columns, perplexity +0.35 % (6: 3.3 %, +0.94 %; the threshold alone: 3.2 %, +2.1 %)
@@ -141,9 +142,8 @@ def _choose(model: nn.Module, settings: Int8, filter_fn) -> tuple[dict[str, nn.M
 
 
 def _check(name: str, module: nn.Module, settings: Int8) -> None:
+    check_plain(name, module)
     weight = _matrix(module)
-    if weight.is_meta:
-        raise ConversionError("its weight is on the meta device", where=name, cure="load the weights first")
     if (problem := settings.problem(weight.shape[1], weight.dtype)) is not None:
         raise ConversionError(problem[0], where=name, cure=problem[1])
     if not (_is_finite(weight) and (module.bias is None or _is_finite(module.bias))):

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..compiler.errors import ConversionError
 from .calibrate import batches, input_maxima
-from .int8_modules import Int8Linear
+from .linears import check_linear, refuse_int8
 from .observe import evaluating, run
 from .sites import find_sites
 
@@ -79,10 +79,11 @@ def smooth_(model: nn.Module, calibration, alpha: float = 0.5) -> SmoothReport:
     """
     if not 0 <= alpha <= 1:
         raise ConversionError(f"alpha is {alpha!r}, expected a number from 0 to 1")
-    if (name := next((name for name, m in model.named_modules() if isinstance(m, Int8Linear)), None)) is not None:
-        raise ConversionError("it is int8 already, and its columns have lost what scaling would have saved", where=name, cure="smooth_ first, then quantize_")
+    refuse_int8(model, ", and its columns have lost what scaling would have saved", "smooth_ first, then quantize_")
     first = batches(model, calibration)[0]
     linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
+    for name, linear in linears.items():
+        check_linear(name, linear)
     with evaluating(model), torch.no_grad():
         places, left_out = _places(model, linears, first)
         wanted = {name for place in places for name in place.consumers}
