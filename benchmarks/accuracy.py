@@ -31,12 +31,12 @@ def stretches(tokenizer, calibration: int, evaluation: int, length: int = LENGTH
     return odd[:: len(odd) // calibration][:calibration].contiguous(), even[:: len(even) // evaluation][:evaluation].contiguous()
 
 
-def perplexity(model, rows, cache=None) -> float:
-    """exp of the mean cross entropy of every next token; rows [N, T]. cache(length): a new KV cache, from which attention then reads all keys and values."""
+def perplexity(model, rows) -> float:
+    """exp of the mean cross entropy of every next token; rows [N, T]"""
     import torch
 
     with torch.no_grad():
-        losses = [model(input_ids=row[None], labels=row[None], **({"use_cache": False} if cache is None else {"past_key_values": cache(len(row))})).loss.item() for row in rows]
+        losses = [model(input_ids=row[None], labels=row[None], use_cache=False).loss.item() for row in rows]
     return math.exp(sum(losses) / len(losses))
 
 

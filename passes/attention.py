@@ -23,7 +23,7 @@ from sympy import Integer, Symbol
 from torch.fx import Graph, Node
 
 from ..compiler.ir import scalar as sc
-from ..compiler.ir.contraction import dot_product, hidden_product, is_parameter, times
+from ..compiler.ir.contraction import dot_product, hidden_product, is_parameter, product
 from ..compiler.ir.core import Core, Part, finish
 from ..compiler.ir.graph import argument, is_call, op_name, shape, source_of, value
 from ..compiler.ir.layout import look_behind
@@ -201,7 +201,7 @@ def _library_core(node: Node) -> Core:
         if not dims_q[-1].is_Integer:
             raise Refused("a symbolic head dim", node)
         scale = 1.0 / math.sqrt(int(dims_q[-1]))
-    e = sc.mul(lift.at(scale), times(operands[0][0].operand.factor, operands[1][0].operand.factor))
+    e = sc.mul(lift.at(scale), product(lift, operands[0][0].operand, operands[1][0].operand))
     if is_causal:
         e = sc.select(sc.relation("<=", sc.J, sc.I), e, sc.number(-math.inf))
     if attn_mask is not None:

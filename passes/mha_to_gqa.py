@@ -244,10 +244,10 @@ def _quantised(node: Node) -> Node | None:
 
 
 def _knows_heads(attention: Node) -> bool:
-    """Do score, mask, sink or factor depend on the query head?"""
+    """Do score, mask, sink, factor or offset depend on the query head?"""
     _, _, _, captures, _, *texts = attention.args
     variant = variant_of([value(c) for c in captures], *texts)
-    return any(sc.H in e.free_symbols for e in (variant.score_expr, variant.mask_expr, variant.sink_expr, variant.value_expr) if e is not None)
+    return any(sc.H in e.free_symbols for e in (variant.score_expr, variant.mask_expr, variant.sink_expr, variant.value_expr, variant.offset_expr) if e is not None)
 
 
 # ---------------------------------------------------------------- the rewrite

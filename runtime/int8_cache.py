@@ -4,7 +4,7 @@
     model.forward = torch.compile(model.forward, backend="tileweld")
     model.generate(**inputs, past_key_values=cache)
 
-It has the interface of transformers' StaticCache; layers with a sliding window keep all positions, of which the model's mask leaves the window.
+`asymmetric` and `keys` are those of `tileweld.Int8KV`. It has the interface of transformers' StaticCache; layers with a sliding window keep all positions, of which the model's mask leaves the window.
 """
 from __future__ import annotations
 
@@ -24,13 +24,17 @@ ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 
 
 class Int8Layer(StaticLayer):
-    """The cache of one layer; allocated at the first update, of which it takes batch, KV heads, head dims, dtype and device."""
+    """The cache of one layer; allocated at the first update, of which it takes batch, KV heads, head dims, dtype and device. options: of Int8KV."""
+
+    def __init__(self, max_cache_len: int, **options):
+        super().__init__(max_cache_len=max_cache_len)
+        self.options = options
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, head_dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads, self.k_head_dim, self.v_head_dim = batch, heads, head_dim, value_states.shape[-1]
-        self.kv = Int8KV(batch, heads, self.max_cache_len, head_dim, self.v_head_dim, dtype=self.dtype, device=self.device)
+        self.kv = Int8KV(batch, heads, self.max_cache_len, head_dim, self.v_head_dim, dtype=self.dtype, device=self.device, **self.options)
         self.keys, self.values = self.kv.keys, self.kv.values
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not torch.compiler.is_compiling():
@@ -66,17 +70,17 @@ class Int8Layer(StaticLayer):
 class Int8Cache(Cache):
     """An int8 cache for every layer of a Hugging Face model.
 
-    config: the model's; max_cache_len: positions that it holds. Raises UnsupportedError for models with layers that keep something else
+    config: the model's; max_cache_len: positions that it holds; asymmetric, keys: see Int8KV (keys="channel" takes the range of every channel from the first update, the prompt). Raises UnsupportedError for models with layers that keep something else
     than keys and values of every token (linear attention, chunked attention, shared caches).
     """
 
-    def __init__(self, config, max_cache_len: int):
+    def __init__(self, config, max_cache_len: int, *, asymmetric: bool = False, keys: str = "token"):
         text = config.get_text_config(decoder=True)
         kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
         unknown = sorted({*kinds} - {*ATTENTION_LAYERS})
         if unknown or getattr(text, "kv_sharing_modes", None) is not None or getattr(text, "attention_chunk_size", None) is not None:
             raise UnsupportedError(f"tileweld.Int8Cache keeps keys and values of attention layers, and this model has {', '.join(unknown) or 'chunked or shared ones'}", cure="use transformers' own cache")
-        super().__init__(layers=[Int8Layer(max_cache_len=max_cache_len) for _ in kinds])
+        super().__init__(layers=[Int8Layer(max_cache_len, asymmetric=asymmetric, keys=keys) for _ in kinds])
 
     @property
     def bytes(self) -> int:

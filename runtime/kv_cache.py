@@ -1,10 +1,16 @@
-"""An int8 KV cache: a byte an element, and a scale for every token and KV head.
+"""An int8 KV cache: a byte an element, and scales of tokens or of channels.
 
-    scale[b, h, j] = max_d |x[b, h, j, d]| / 127        q = round(x / scale)        x ~ q scale, |x - q scale| <= scale / 2
+    of a token and KV head       scale = max_d |x| / 127                        x ~ q scale             symmetric
+                                 scale = (max_d x - min_d x) / 255              x ~ q scale + shift     asymmetric: shift = min_d x + 128 scale, a zero point of -shift / scale
+    of a channel and KV head     max and min over the tokens of the first update, with HEADROOM: keys alone, the direction that KIVI (2402.02750) finds better for them, without its groups
 
-Tokens are quantised alone, so that appending gives what quantising all at once gives, bit by bit. `update` returns the dequantised tensors by
+and |x - what is read| <= scale / 2; in a cache with scales of channels, later tokens that are further out are clamped. Keys come here behind their rotary embedding, so that it is the channels of turned
+keys that have a scale: channels which a rotary turns into each other over the positions have much the same.
+
+Tokens are quantised alone, so that appending gives what quantising all at once gives, bit by bit (scales of channels: once the first update has set them). `update` returns the dequantised tensors by
 plain torch operations: in eager they are made anew at every step, which is right and slow; under torch.compile(backend="tileweld")
-attention reads the int8 elements, and the scales fold into its score and its weights (passes/attention.py).
+attention reads the int8 elements, and everything else folds (passes/attention.py): scales of tokens into its score and its weights, scales of channels into the queries, shifts into
+a number for every query and key, and for every query.
 
 A row with an inf or a NaN has a scale that is one: everything read from it is NaN. A row of zeros has the scale 0.
 """
@@ -13,22 +19,48 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..compiler.errors import OptionError
+
 LARGEST = 127  # of a quantised element: the range is symmetric
+STEPS = 255  # between the ends -128 and 127 of an asymmetric one
+HEADROOM = 2.0  # by which the range of a channel exceeds that of the first update's tokens. SmolLM2 behind 128 tokens: perplexity +0.27 %, with 1.25 +1.1 %: what is clamped costs more than a step twice as wide
 ROUND = 1.5 * 2.0**23  # adding it to a float32 rounds to the nearest integer, to even from halfway; unlike torch.round it becomes part of one kernel with all the rest
 
 
 def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
     """(q int8 [..., D], scale float32 [..., 1]) of keys or values x [..., D] of a float dtype; symmetric, one scale for the last dim."""
+    scale = x.float().abs().amax(-1, keepdim=True) / LARGEST
+    return rounded(x, scale), scale
+
+
+def quantize_kv_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(q int8 [..., D], scale, shift float32 [..., 1]) of x [..., D]: x ~ q scale + shift, with the ends of a row at -128 and 127."""
     wide = x.float()
-    scale = wide.abs().amax(-1, keepdim=True) / LARGEST
-    divisor = torch.where(scale == 0, 1, scale)
-    q = ((wide / divisor).clamp(-LARGEST, LARGEST) + ROUND) - ROUND
-    return torch.where(q == q, q, 0).to(torch.int8), scale
+    low = wide.amin(-1, keepdim=True)
+    scale = (wide.amax(-1, keepdim=True) - low) / STEPS
+    shift = low + (LARGEST + 1) * scale
+    return rounded(wide - shift, scale, LARGEST + 1), scale, shift
 
 
-def dequantize_kv(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """q [..., D] int8 times scale float32 [..., 1], rounded once to ``dtype``."""
-    return (q.float() * scale).to(dtype)
+def channel_range(x: Tensor, asymmetric: bool = False) -> tuple[Tensor, Tensor | None]:
+    """(scale, shift or None) float32 [B, H, 1, D] for every channel of keys x [B, H, T, D], wide enough for tokens that are HEADROOM times as far out."""
+    wide = x.float()
+    low, high = wide.amin(2, keepdim=True), wide.amax(2, keepdim=True)
+    if not asymmetric:
+        return torch.maximum(high, -low) * (HEADROOM / LARGEST), None
+    return (high - low) * (HEADROOM / (2 * LARGEST)), (high + low) / 2
+
+
+def rounded(x: Tensor, scale: Tensor, lowest: int = LARGEST) -> Tensor:
+    """x / scale to the nearest of the integers from -lowest to 127, as int8."""
+    q = ((x.float() / torch.where(scale == 0, 1, scale)).clamp(-lowest, LARGEST) + ROUND) - ROUND
+    return torch.where(q == q, q, 0).to(torch.int8)
+
+
+def dequantize_kv(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32, shift: Tensor | None = None) -> Tensor:
+    """q [..., D] int8 times scale float32 (plus shift), rounded once to ``dtype``."""
+    wide = q.float() * scale
+    return (wide if shift is None else wide + shift).to(dtype)
 
 
 class Int8KV:
@@ -39,18 +71,24 @@ class Int8KV:
 
     keys, values: int8 [batch, KV heads, length, head dim]; key_scales, value_scales: float32 [batch, KV heads, length, 1].
     dtype: of what `update` returns.
+    asymmetric: scales and shifts, key_shifts and value_shifts in the scales' shapes: 8 bytes a token and KV head instead of 4.
+    keys="channel": key_scales (and key_shifts) are [batch, KV heads, 1, head dim], from the tokens of the first update: of the prompt, then. Raises OptionError for other words.
     """
 
-    def __init__(self, batch: int, heads: int, length: int, head_dim: int, value_dim: int | None = None, *, dtype: torch.dtype = torch.float32, device=None):
+    def __init__(self, batch: int, heads: int, length: int, head_dim: int, value_dim: int | None = None, *, dtype: torch.dtype = torch.float32, device=None, asymmetric: bool = False, keys: str = "token"):
+        if keys not in ("token", "channel"):
+            raise OptionError(f"Int8KV: keys={keys!r}", cure='"token" or "channel": what has a scale of its own')
         self.keys = torch.zeros((batch, heads, length, head_dim), dtype=torch.int8, device=device)
         self.values = torch.zeros((batch, heads, length, value_dim or head_dim), dtype=torch.int8, device=device)
-        self.key_scales, self.value_scales = (torch.zeros((batch, heads, length, 1), dtype=torch.float32, device=device) for _ in range(2))
-        self.dtype = dtype
+        of_keys, of_values = (batch, heads, 1, head_dim) if keys == "channel" else (batch, heads, length, 1), (batch, heads, length, 1)
+        self.key_scales, self.value_scales = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in (of_keys, of_values))
+        self.key_shifts, self.value_shifts = (torch.zeros(shape, dtype=torch.float32, device=device) if asymmetric else None for shape in (of_keys, of_values))
+        self.dtype, self.asymmetric, self.by_channel, self.has_range = dtype, asymmetric, keys == "channel", False
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """keys, key_scales, values, value_scales"""
-        return self.keys, self.key_scales, self.values, self.value_scales
+    def tensors(self) -> tuple[Tensor, ...]:
+        """keys, key_scales, values, value_scales, and key_shifts and value_shifts where there are any"""
+        return self.keys, self.key_scales, self.values, self.value_scales, *((self.key_shifts, self.value_shifts) if self.asymmetric else ())
 
     @property
     def bytes(self) -> int:
@@ -58,13 +96,28 @@ class Int8KV:
 
     def update(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Quantise and store k and v [batch, KV heads, T, head dim] at ``positions`` [T] (int64); returns the whole cache, dequantised."""
-        for x, q, scale in ((k, self.keys, self.key_scales), (v, self.values, self.value_scales)):
-            new, new_scale = quantize_kv(x)
-            q.index_copy_(2, positions, new)
-            scale.index_copy_(2, positions, new_scale)
-        return dequantize_kv(self.keys, self.key_scales, self.dtype), dequantize_kv(self.values, self.value_scales, self.dtype)
+        if self.by_channel:
+            self._store_by_channel(k, positions)
+        else:
+            self._store(k, positions, self.keys, self.key_scales, self.key_shifts)
+        self._store(v, positions, self.values, self.value_scales, self.value_shifts)
+        return dequantize_kv(self.keys, self.key_scales, self.dtype, self.key_shifts), dequantize_kv(self.values, self.value_scales, self.dtype, self.value_shifts)
+
+    def _store(self, x: Tensor, positions: Tensor, *into: Tensor | None) -> None:
+        for kept, new in zip(into, quantize_kv_asymmetric(x) if self.asymmetric else quantize_kv(x)):
+            kept.index_copy_(2, positions, new)
+
+    def _store_by_channel(self, k: Tensor, positions: Tensor) -> None:
+        if not self.has_range:
+            scale, shift = channel_range(k, self.asymmetric)
+            self.key_scales.copy_(scale)
+            if shift is not None:
+                self.key_shifts.copy_(shift)
+            self.has_range = True
+        self.keys.index_copy_(2, positions, rounded(k.float() if self.key_shifts is None else k.float() - self.key_shifts, self.key_scales))
 
     def reset(self) -> None:
-        """Forget all tokens, in the same memory."""
+        """Forget all tokens, in the same memory; the next update sets the range of the channels again."""
         for x in self.tensors:
             x.zero_()
+        self.has_range = False

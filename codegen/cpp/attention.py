@@ -66,7 +66,7 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
     parts = [
         f"// tileweld attention: out = softmax(where(mask, score, {variant.fill})) v, over tiles; from the rewrite `attention`\n"
         f"//   score  {variant.score}\n//   mask   {variant.mask}\n" + (f"//   sink   {variant.sink}\n" if variant.sink else "") +
-        (f"//   value  {variant.value}, a factor of the weights that the denominator does not see\n" if variant.value else "") +
+        (f"//   value  {variant.value}{'' if variant.offset_expr is not None else ', a factor of the weights that the denominator does not see'}\n" if variant.value else "") +
         f"//   dtypes {_dtypes(q_dtype, k_dtype, v_dtype, captures.dtypes)}; head dim {head_dim}, value dim {value_dim}\n#include <omp.h>\n",
         _text("vector.h"),
         _text("scalar_math.h"),
@@ -80,7 +80,7 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         f"constexpr int ANY_QUERIES = 0, FEW_QUERIES = 1, MANY_QUERIES = 2, WAYS = {0 if queries is None else 1 if queries <= STREAMED else 2}, MOST_STREAMED = {STREAMED};\n",
         _call_source(captures, num_sizes, len(key_dims)),
         row_source(captures, score, mask),
-        value_source(captures, variant.value_expr),
+        value_source(captures, variant.value_expr, variant.offset_expr),
         tile_source(captures, mask),
         keys_source(captures, mask),
         sink_source(captures, variant.sink_expr),

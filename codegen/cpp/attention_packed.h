@@ -66,9 +66,9 @@ static __attribute__((noinline)) void attend_block(const Call& call, Tile& tile,
         if (r < rows) {
             score_row(call, row, b, h, first_row + group + r, j_lo, width, full, masked);
             const float shrink = update_row(tile.state[group + r], row, width);
-            value_row(call, row, b, h, first_row + group + r, j_lo, width);
-            if (shrink != 1.0f)
-                for (int d = 0; d < DVP; d += VL) store_vector(sums + r * DVP + d, load_vector(sums + r * DVP + d) * shrink);
+            const float added = value_row(call, row, b, h, first_row + group + r, j_lo, width);
+            if (shrink != 1.0f || added != 0.0f)
+                for (int d = 0; d < DVP; d += VL) store_vector(sums + r * DVP + d, load_vector(sums + r * DVP + d) * shrink + added);
         } else {
             std::memset(row, 0, sizeof(float) * width);  // rows past the end of the tile
         }

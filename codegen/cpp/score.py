@@ -149,16 +149,18 @@ def row_source(captures: Captures, score, mask) -> str:
     return "\n".join([*_inside_source("indices_inside", placement, captures, checks), *loop, *choose, "}"]) + "\n"
 
 
-def value_source(captures: Captures, value) -> str:
-    """``value_row``: the weights of a row times their factor, in place; nothing without one."""
-    if value is None:
-        return "INLINE void value_row(const Call&, float*, int64_t, int64_t, int64_t, int64_t, int64_t) {}\n"
-    placement = _Placement(value)
-    value, = placement.exprs
+def value_source(captures: Captures, value, offset=None) -> str:
+    """``value_row``: the weights of a row times their factor, in place; returns what their offsets add to every dim, 0 without one."""
+    if value is None and offset is None:
+        return "INLINE float value_row(const Call&, float*, int64_t, int64_t, int64_t, int64_t, int64_t) { return 0.0f; }\n"
+    placement = _Placement(*(e for e in (value, offset) if e is not None))
+    placed = iter(placement.exprs)
+    value, offset = (next(placed) if e is not None else None for e in (value, offset))
     checks, units = _index_checks(placement), captures.units(placement)
     printer = captures.printer({index for index, *_ in checks}, by_key=True)
-    loop = _loop("value_keys", captures, placement, [value], [], [f"        scores[n] *= {printer.real(value)};"], printer)
-    choose = ["INLINE void value_row(const Call& call, float* weights, int64_t b, int64_t h, int64_t i, int64_t j_lo, int64_t width) {"]
+    body = ([f"        added += scores[n] * {printer.real(offset)};"] if offset is not None else []) + ([f"        scores[n] *= {printer.real(value)};"] if value is not None else [])
+    loop = _loop("value_keys", captures, placement, [e for e in (value, offset) if e is not None], [], body, printer, total="added")
+    choose = ["INLINE float value_row(const Call& call, float* weights, int64_t b, int64_t h, int64_t i, int64_t j_lo, int64_t width) {"]
     if checks:
         choose.append("    const bool inside = values_inside(call, b, h, i, j_lo, j_lo + width - 1);")
     for kind, flags, conditions in _ways(checks, units):
@@ -178,12 +180,13 @@ def _when(conditions) -> str:
     return f"if ({' && '.join(conditions)}) " if conditions else ""
 
 
-def _loop(name, captures, placement, exprs, start, body, printer, flags="", rest="") -> list[str]:
-    """A loop over a row's scores, with what the placement gives to the row in front of it, and to a key in it."""
+def _loop(name, captures, placement, exprs, start, body, printer, flags="", rest="", total="") -> list[str]:
+    """A loop over a row's scores, with what the placement gives to the row in front of it, and to a key in it. total: the name of a sum that it returns."""
     return [f"template <class Int, {flags}bool inside, bool unit>",
-            f"static void {name}(const Call& call, float* __restrict scores, int64_t batch, int64_t head, int64_t row, int64_t first_key, int width{rest}) {{",
+            f"static {'float' if total else 'void'} {name}(const Call& call, float* __restrict scores, int64_t batch, int64_t head, int64_t row, int64_t first_key, int width{rest}) {{",
             *_locals([*placement.values, *exprs], "Int", {"b": "batch", "h": "head", "i": "row"}), *_definitions(placement.row, captures.printer(), 4),
-            "    for (int n = 0; n < width; ++n) {", "        const Int j = Int(first_key) + n;", *start, *_definitions(placement.key, printer, 8), *body, "    }", "}", ""]
+            *([f"    float {total} = 0.0f;", f"#pragma omp simd reduction(+ : {total})"] if total else []),
+            "    for (int n = 0; n < width; ++n) {", "        const Int j = Int(first_key) + n;", *start, *_definitions(placement.key, printer, 8), *body, "    }", *([f"    return {total};"] if total else []), "}", ""]
 
 
 def _definitions(bound, printer, indent) -> list[str]:

@@ -33,7 +33,7 @@ score   $score
 mask    $mask
 fill    $fill, a row without a key gives $empty
 sink    $sink
-value   $value, a factor of the weights that the denominator does not see
+value   $value
 dtypes  $dtypes; head dim $head_dim, value dim $value_dim
 """
 import torch
@@ -185,7 +185,7 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
     dtype = _name(q_dtype)
     captures = ", ".join(f"c{k} {str(d).removeprefix('torch.')}[{rank}-d]" for k, (d, rank) in enumerate(zip(capture_dtypes, capture_ranks, strict=True)))
     source = fill(
-        MODULE, score=variant.score, mask=variant.mask, fill=variant.fill, empty={"nan": "nan", "zero": "0", "added": "the mean"}[variant.empty], sink=variant.sink or "none", value=variant.value or "1",
+        MODULE, score=variant.score, mask=variant.mask, fill=variant.fill, empty={"nan": "nan", "zero": "0", "added": "the mean"}[variant.empty], sink=variant.sink or "none", value=(variant.value or "1") + ("" if variant.offset_expr is not None else ", a factor of the weights that the denominator does not see"),
         widened="q.dtype != torch.float32" if text.wide_range else "torch.bfloat16 in (q.dtype, k.dtype, v.dtype)",
         dtypes=dtype + "".join(f", {name} {_name(d)}" for name, d in (("k", k_dtype), ("v", v_dtype)) if d != q_dtype) + (f", {captures}" if captures else ""), head_dim=" + ".join(map(str, key_dims)), value_dim=value_dim, keys=", ".join(text.keys), outputs="out, lse" if lse else "out", near="near, lse" if lse else "near", output_tensors="out [B, H, Tq, Dv]" + (", lse [B, H, Tq]" if lse else ""),
         empty_lse='lse.fill_(float("-inf"))' if lse else [],

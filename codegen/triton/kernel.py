@@ -93,7 +93,7 @@ class AttentionText:
         self.masked = variant.mask_expr is not sympy.true
         self.ranges: Ranges = ranges(variant.mask_expr)
         self.value_dim = value_dim
-        self.dense = any(load.has(sc.I) and load.has(sc.J) for e in (variant.score_expr, variant.mask_expr, variant.value_expr) if e is not None for load in sc.loads(e))
+        self.dense = any(load.has(sc.I) and load.has(sc.J) for e in (variant.score_expr, variant.mask_expr, variant.value_expr, variant.offset_expr) if e is not None for load in sc.loads(e))
         self.test_reads_head = self.ranges.tile_test.has(sc.H)
         self.tested = self.ranges.tile_test is not sympy.true
         self.finite_fill = self.masked and math.isfinite(variant.fill)
@@ -105,7 +105,7 @@ class AttentionText:
         # product in the loop and the factor joins the subtraction in one FMA
         self.raw_scale = scale * LOG2E if scale and 0 < scale < 1e30 else None
         self.unit, self.score = (1.0, folded) if folded is not None else (LOG2E, score)
-        value = [] if variant.value_expr is None else sc.loads(variant.value_expr)
+        value = list(dict.fromkeys(load for e in (variant.value_expr, variant.offset_expr) if e is not None for load in sc.loads(e)))
         self.hoisted = {load: f"c{load.args[0].name[1:]}_{'row' if load.has(sc.I) else 'head'}{n}"
                         for n, load in enumerate(x for x in sc.loads(score) + [y for y in sc.loads(variant.mask_expr) if y not in sc.loads(score)] + [y for y in value if y not in sc.loads(score) + sc.loads(variant.mask_expr)] if not x.has(sc.J))}
 
@@ -183,11 +183,15 @@ class AttentionText:
             weights = "w"
             masked, plain = (self.in_tile(e, masked) for masked in (True, False))
             lines.append(f"w = p * ({plain})" if masked == plain else f"if MASKED:\n    w = p * ({masked})\nelse:\n    w = p * ({plain})")
+        if (e := self.variant.offset_expr) is not None:
+            masked, plain = (self.in_tile(e, masked) for masked in (True, False))
+            lines.append(f"added = tl.sum(p * ({plain}), 1)" if masked == plain else f"if MASKED:\n    added = tl.sum(p * ({masked}), 1)\nelse:\n    added = tl.sum(p * ({plain}), 1)")
         for n, chunk in enumerate(self.v_chunks):
             lines += self._load(f"v{n}", f"v_tile + keys[:, None] * stride_vj + vdims{n}[None, :] * stride_vd", chunk, f"vdims{n}[None, :]", "(j0 + keys[:, None])")
             if self.widened_values:
                 lines.append(f"v{n} = v{n}.to({'tl.bfloat16 if q0.dtype == tl.float16 else ' if self.wide_range else ''}q0.dtype)")
-            lines.append(f"acc{n} = tl.dot({weights}.to(v{n}.dtype), v{n}, acc{n} * alpha[:, None]{precision})")
+            offset = " + added[:, None]" if self.variant.offset_expr is not None else ""
+            lines.append(f"acc{n} = tl.dot({weights}.to(v{n}.dtype), v{n}, acc{n} * alpha[:, None]{offset}{precision})")
         return lines
 
     @functools.cached_property

@@ -1,17 +1,18 @@
 """``tileweld::attention``: one op for every attention variant, its definition, its fake and its gradient.
 
-    out[b, h, i, :] = sum_j softmax_j( where(mask, score(q[b, h, i] . k[b, h // Gk, j]), fill) ) value v[b, h // Gv, j, :]
+    out[b, h, i, :] = sum_j softmax_j( where(mask, score(q[b, h, i] . k[b, h // Gk, j]), fill) ) value(v[b, h // Gv, j, :])
 
 ``score``, ``mask``, ``sink`` and ``value`` are text of the scalar language. Masked positions have the score ``fill``: -inf, or the finite
 number that the model wrote (-1e9, finfo.min), which matters for rows that see no key at all. ``empty`` tells more about such
 rows: with fill -inf what they give, "nan" as softmax does, or "zero" as scaled_dot_product_attention does; with a finite fill
 "added" where the model added it to the score, so that gradients reach masked scores as well, and not only the visible ones.
-``sink`` is one more logit of the denominator (attention sinks, softmax-plus-one), "" for none. ``value`` is a factor of every weight
-that the denominator does not see, of positions and captures alone (no s), "" for 1.
+``sink`` is one more logit of the denominator (attention sinks, softmax-plus-one), "" for none. ``value`` is what a value's element v is taken for, the same for
+every dim of it: "f*v + o" with f and o of positions and captures alone (no s), "f" for f*v, "" for v. The denominator sees neither f nor o.
 
 k and v may be int8 with q of a float dtype, each of them: an int8 KV cache that is not dequantised. Its scales are captures: K's, one a token and
-KV head, a factor of s in ``score``, V's a factor in ``value``: (s0 k8) . q = s0 (k8 . q), p (s1 v8) = (p s1) v8. Integers have no gradient;
-q and the scales have. With q of float32 they may also be float16 or bfloat16, a cache of half its bytes: a kernel widens them where it reads them.
+KV head, a factor of s in ``score``, V's a factor in ``value``: (s0 k8) . q = s0 (k8 . q), p (s1 v8) = (p s1) v8. Zero points too: (s0 k8 + z0) . q = s0 (k8 . q) + z0 sum(q), where
+sum(q) is a capture as well, and p (s1 v8 + z1) = (p s1) v8 + p z1, a number that is added to every dim of a row. Integers have no gradient; q and the captures have.
+With q of float32 they may also be float16 or bfloat16, a cache of half its bytes: a kernel widens them where it reads them.
 
 This file is the meaning; kernels are tested against it in float64. Rows are taken in blocks, so that memory stays
 O(block x Tk) forward and backward. Backward formulas: dP = dO v^T, dS = P (dP - sum(P dP)), chained through d score / d s and
@@ -60,12 +61,26 @@ class Variant:
         return parse(self.sink, self.integer_captures) if self.sink else None
 
     @functools.cached_property
+    def _value(self):
+        """(f, o) of value="f*v + o", each None where it is 1 or 0. Raises ValueError for any other form, or where s is in it."""
+        e, offset = parse(self.value, self.integer_captures) if self.value else None, None
+        if e is not None and e.has(sc.V):
+            if isinstance(e, sc.fadd):
+                e, offset = e.args if e.args[0].has(sc.V) else e.args[::-1]
+            e = None if e == sc.V else e.args[1 - e.args.index(sc.V)] if isinstance(e, sc.fmul) and sc.V in e.args else sc.V
+        if any(x is not None and x.has(sc.S, sc.V) for x in (e, offset)):
+            raise ValueError(f"attention: value={self.value!r} {'depends on s' if any(x is not None and x.has(sc.S) for x in (e, offset)) else 'is not f*v + o'}; f and o are of positions and captures")
+        return e, offset
+
+    @property
     def value_expr(self):
-        """The factor of the weights, None for 1. Raises ValueError where it depends on s."""
-        e = parse(self.value, self.integer_captures) if self.value else None
-        if e is not None and e.has(sc.S):
-            raise ValueError(f"attention: value={self.value!r} depends on s; it is a factor of positions and captures")
-        return e
+        """The factor of the weights, None for 1."""
+        return self._value[0]
+
+    @property
+    def offset_expr(self):
+        """What is added to every dim of a value, None for nothing."""
+        return self._value[1]
 
     @property
     def is_causal(self) -> bool:
@@ -166,13 +181,22 @@ class _Rows:
         self.p_sink = probabilities[..., keys:]
 
     def factor(self, variant):
-        """``value`` over [B, H, rows, keys] or what broadcasts to it, None for 1."""
+        """``value``'s factor over [B, H, rows, keys] or what broadcasts to it, None for 1."""
         return None if variant.value_expr is None else self.evaluate.float(variant.value_expr)
 
     def weights(self, variant):
-        """What v is multiplied with: p, times ``value``."""
+        """What v is multiplied with: p, times ``value``'s factor."""
         factor = self.factor(variant)
         return self.p if factor is None else self.p * factor
+
+    def offset(self, variant):
+        """``value``'s offset over [B, H, rows, keys] or what broadcasts to it."""
+        return self.evaluate.float(variant.offset_expr)
+
+    def out(self, variant, values):
+        """[B, H, rows, Dv]"""
+        out = self.weights(variant) @ values
+        return out if variant.offset_expr is None else out + (self.p * self.offset(variant)).sum(-1, keepdim=True)
 
 
 def _every_head(x, q, dtype):
@@ -196,7 +220,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes
         return out.zero_()
     keys, values = _every_head(k, q, dtype), _every_head(v, q, dtype)
     for start, stop in _row_blocks(q, k):
-        out[:, :, start:stop] = (_Rows(q, keys, captures, sizes, variant, start, stop, dtype, lse=lse).weights(variant) @ values).to(q.dtype)
+        out[:, :, start:stop] = (_Rows(q, keys, captures, sizes, variant, start, stop, dtype, lse=lse).out(variant, values)).to(q.dtype)
     return out
 
 
@@ -214,7 +238,7 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, captures: 
     dk = torch.zeros((q.shape[0], heads, *k.shape[2:]), dtype=dtype, device=q.device)
     dv = torch.zeros((q.shape[0], heads, *v.shape[2:]), dtype=dtype, device=q.device)
     dcaptures = {n: torch.zeros(c.shape, dtype=dtype, device=c.device) for n, c in enumerate(captures) if c.dtype.is_floating_point}
-    ds_ds, by_capture, by_sink, by_value = derivatives(variant)
+    ds_ds, by_capture, by_sink, by_value, by_offset = derivatives(variant)
     hides_gradient = variant.mask_expr is not sympy.true and variant.empty != "added" and not variant.is_causal  # causal: p is 0 there
     for start, stop in _row_blocks(q, k, BACKWARD_ELEMENTS if q.device.type == "cpu" else BLOCK_ELEMENTS):
         seen = min(stop, k.shape[2]) if variant.is_causal else k.shape[2]
@@ -225,6 +249,11 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, captures: 
         for element, derivative in by_value:
             _accumulate(dcaptures, element, rows.p * dp * rows.evaluate.float(derivative), rows.evaluate)
         dp = dp if weight is None else dp * weight
+        if variant.offset_expr is not None:
+            total = dout.sum(-1, keepdim=True)
+            for element, derivative in by_offset:
+                _accumulate(dcaptures, element, rows.p * total * rows.evaluate.float(derivative), rows.evaluate)
+            dp = dp + total * rows.offset(variant)
         dscore = torch._softmax_backward_data(dp, rows.p, -1, dtype)  # p (dp - sum(p dp))
         if hides_gradient:
             dscore = torch.where(rows.visible, dscore, torch.zeros((), dtype=dtype, device=q.device))
@@ -249,7 +278,7 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, captures: 
 
 @functools.lru_cache(1024)
 def derivatives(variant: Variant):
-    """(d score / d s, [(c, d score / d c)], the same of the sink, of value) with c the element accesses of float captures."""
+    """(d score / d s, [(c, d score / d c)], the same of the sink, of value's factor and offset) with c the element accesses of float captures."""
     def by_element(expr):
         found = []
         for element in sc.loads(expr) if expr is not None else ():
@@ -259,7 +288,7 @@ def derivatives(variant: Variant):
         return found
 
     score = variant.score_expr
-    return score.diff(sc.S), by_element(score), by_element(variant.sink_expr), by_element(variant.value_expr)
+    return score.diff(sc.S), by_element(score), by_element(variant.sink_expr), by_element(variant.value_expr), by_element(variant.offset_expr)
 
 
 def _accumulate(totals, element, value, evaluate):

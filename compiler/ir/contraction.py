@@ -7,7 +7,7 @@ from sympy import Integer
 from torch.fx import Node
 
 from . import scalar as sc
-from .core import Part
+from .core import Part, RowSum
 from .graph import is_call, is_tensor, shape
 from .layout import look_behind
 from .lift import Dot
@@ -37,14 +37,14 @@ def dot_product(lift, e, roles, scores):
     for dot, ((q_node, q_index), (k_node, k_index)) in usable:
         sizes = {**roles.sizes, dot.d: dot.length}
         q = look_behind(lift, q_node, q_index, {x: n for x, n in sizes.items() if x != sc.J}, dot.d, "q")
-        k = look_behind(lift, k_node, k_index, {x: n for x, n in sizes.items() if x != sc.I}, dot.d, "k")
+        k = look_behind(lift, k_node, k_index, {x: n for x, n in sizes.items() if x != sc.I}, dot.d, "k", dequantises=len(usable) == 1)
         if q is None or k is None:
             which = "q" if q is None else "k"
             raise Refused(f"the layout of {which} ({q_node if q is None else k_node}, shape {[*shape(q_node if q is None else k_node)]}) mixes batch, heads and positions", q_node if q is None else k_node, "keep batch, heads, positions and head dim as separate dims")
         operands.append((dot, q, k))
     if len(operands) == 1:
         (dot, q, k), = operands
-        return rebuilt(e, {dot.symbol: times(q.factor, k.factor)}), [Part(q, dot.d, dot.length)], [Part(k, dot.d, dot.length)], [dot]
+        return rebuilt(e, {dot.symbol: product(lift, q, k)}), [Part(q, dot.d, dot.length)], [Part(k, dot.d, dot.length)], [dot]
     return _joined(e, operands, scores)
 
 
@@ -76,6 +76,14 @@ def times(*factors):
     for factor in factors:
         result = sc.mul(factor, result)
     return result
+
+
+def product(lift, q, k):
+    """q . k of two operands as an expression of s: (a c k8 + t) . q = a (k8 . (c q)) + t . q, with the last a number of every query (`RowSum`)."""
+    e = times(q.factor, k.factor)
+    for term in k.terms:
+        e = sc.add(e, sc.mul(q.factor, sc.mul(term.factor, sc.load(lift.row_sum(RowSum(term.channels, term.added)), sc.B, sc.H, sc.I))))
+    return e
 
 
 def _joined(e, operands, scores):

@@ -14,7 +14,7 @@ from . import attention_lse as _attention_lse_op  # noqa: F401 (the same)
 from . import scalar as sc
 from .graph import insert, shape, value
 from .interval import drop_proved, tighten
-from .layout import Operand, arrange, layout, size_node, sizes_of_nodes, with_groups
+from .layout import Channel, Operand, arrange, layout, size_node, sizes_of_nodes, with_groups
 from .masking import ABSORBING, has_witness, moderate, renormalised
 from .printer import text
 from .products import late
@@ -32,6 +32,18 @@ class Part:
     d: sympy.Symbol
     length: sympy.Expr
     scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSum:
+    """sum over d of q[b, h, i, d] times channels times ``added`` (None: 1), a capture [B, H, Tq]: what zero points of the keys add to the scores of a row."""
+
+    channels: tuple[Channel, ...]
+    added: Channel | None
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [c.node for c in (*self.channels, *([self.added] if self.added else []))]
 
 
 @dataclasses.dataclass
@@ -84,20 +96,25 @@ def finish(core: Core, source: Node) -> Match:
         raise Refused("a softmax without its maximum subtracted, where a row may hold only huge negative scores", source, "write softmax(x, dim), or mask with -inf")
     if layout(core.root, core.out_index, with_groups(core.out_index, {**core.roles.sizes, core.value_symbol: core.v[0].length})) is None:
         raise Refused("the result mixes batch, heads and positions in one dim", source)
-    factor = core.v[0].operand.factor
+    factor, offset = core.v[0].operand.factor, None
+    for term in core.v[0].operand.terms:
+        offset = term.factor if offset is None else sc.add(offset, term.factor)
     texts, tables = [], []
-    for e in (core.score, mask, core.sink, factor if factor != 1 else None):
+    for e in (core.score, mask, core.sink, factor if factor != 1 else None, offset):
         if e is not None:
             e, found = tabulate(tighten(e, ranges), ranges, taken=len(tables))
             tables += found
         texts.append(e)
     names, captures, sizes = _names(texts, core, tables)
-    score, mask, sink, factor = (e if e is None else e.xreplace(names) for e in texts)
+    score, mask, sink, factor, offset = (e if e is None else e.xreplace(names) for e in texts)
+    if offset is not None:
+        factor = sc.add(sc.V if factor is None else sc.mul(factor, sc.V), offset)
     arguments = (text(score), text(mask), float(fill), text(sink) if sink is not None else "", empty, *((text(factor),) if factor is not None else ()))
 
     roots = sorted([core.root, *(n for n, _ in core.sums)])
 
-    inputs = tuple(dict.fromkeys([p.operand.node for p in (*core.q, *core.k, *core.v)] + [c for c in captures if isinstance(c, Node)]))
+    inputs = tuple(dict.fromkeys([p.operand.node for p in (*core.q, *core.k, *core.v)] + [c.node for p in core.k for c in p.operand.channels]
+                                 + [n for c in captures for n in ([c] if isinstance(c, Node) else c.nodes if isinstance(c, RowSum) else [])]))
     detail = f"score={arguments[0]}" + (f" mask={arguments[1]}" if arguments[1] != "True" else "") + (f" sink={arguments[3]}" if sink is not None else "") + (f" value={arguments[5]}" if factor is not None else "") + _groups_text(core)
     moved = late(roots[0], inputs, set(roots)) if len(roots) > 1 else []
     if moved is None:
@@ -127,7 +144,7 @@ def _names(exprs, core, tables):
     """Rename tensors and tables to c0, c1, ... and shape symbols to Tq, Tk, n0, ...: (renaming, captures, sizes)."""
     renaming, captures, sizes = {}, [], []
     node_of = {symbol: node for node, symbol in core.lift.captures.items()}
-    table_of = {t.symbol: t for t in tables}
+    made_of = {t.symbol: t for t in tables} | {symbol: found for found, symbol in core.lift.row_sums.items()}
     for e in exprs:
         if e is None:
             continue
@@ -135,7 +152,7 @@ def _names(exprs, core, tables):
             symbol = element.args[0]
             if symbol not in renaming:
                 renaming[symbol] = sc.capture_symbol(len(captures), bool(symbol.is_integer))
-                captures.append(node_of.get(symbol) or table_of[symbol])
+                captures.append(node_of.get(symbol) or made_of[symbol])
     known = {core.roles.rows: sc.TQ, core.roles.keys: sc.TK}
     for e in [*exprs]:
         for symbol in sorted(e.free_symbols if e is not None else (), key=str):
@@ -160,7 +177,9 @@ def _build(graph, core, captures, sizes, arguments) -> dict[Node, Node]:
     q = _assemble(graph, core.q, [sc.B, sc.H, sc.I], roles, sources, dtype, every_head=True)
     k = _assemble(graph, core.k, [sc.B, sc.H, sc.J], roles, sources, dtype, every_head=len(core.k) > 1)
     v = _assemble(graph, core.v, [sc.B, sc.H, sc.J], roles, sources, dtype, every_head=False)
-    tensors = [_capture(graph, c, core, sources) for c in captures]
+    tensors = [_capture(graph, c, core, sources, q) for c in captures]
+    if channels := core.k[0].operand.channels:
+        q = _times_channels(graph, q, channels, core, sources, dtype)
     numbers = [size_node(graph, n, sources) for n in sizes]
     out, lse = insert(graph, torch.ops.tileweld.attention_lse.default if core.sums else torch.ops.tileweld.attention.default, q, k, v, tensors, numbers, *arguments), None
     if core.sums:
@@ -201,7 +220,26 @@ def _assemble(graph, parts, symbols, roles, sources, dtype, every_head):
     return pieces[0] if len(pieces) == 1 else insert(graph, aten.cat.default, pieces, -1)
 
 
-def _capture(graph, capture, core, sources):
+def _times_channels(graph, q, channels, core, sources, dtype):
+    """q [B, H, Tq, D] times (or over) tensors that are arranged as [B or 1, H or 1, 1, D], in ``dtype``."""
+    roles, d, length = core.roles, core.k[0].d, core.k[0].length
+    for c in channels:
+        sizes = with_groups(c.index, {**roles.sizes, d: length})
+        dims = layout(c.node, c.index, sizes)
+        heads = [a for dim in dims for a in dim if a.has(sc.H)]
+        x = arrange(graph, c.node, dims, [[sc.B], sorted(heads, key=lambda a: isinstance(a, sc.mod)) or [sc.H], [], [d]], sizes, sources)
+        if heads and sympy.Mul(*(sizes[a] for a in heads)) != roles.heads:
+            x = insert(graph, aten.repeat_interleave.self_int, x, int(roles.heads / shape(x)[1]), 1)
+        q = insert(graph, aten.div.Tensor if c.divides else aten.mul.Tensor, q, x)
+    return q if value(q).dtype == dtype else insert(graph, aten.to.dtype, q, dtype)
+
+
+def _capture(graph, capture, core, sources, q):
+    if isinstance(capture, RowSum):
+        sums = torch.float64 if value(q).dtype == torch.float64 else torch.float32
+        q = _times_channels(graph, q, capture.channels, core, sources, value(q).dtype)  # rounded as the query that the keys are multiplied with
+        q = q if capture.added is None else _times_channels(graph, q, (capture.added,), core, sources, torch.promote_types(value(q).dtype, sums))
+        return insert(graph, aten.sum.dim_IntList, q, [3], dtype=sums)
     if not isinstance(capture, Node):
         free = sorted(capture.expr.free_symbols - {sc.T}, key=str)
         body = capture.expr.xreplace({symbol: sc.size_symbol(n) for n, symbol in enumerate(free)})

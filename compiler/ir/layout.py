@@ -20,16 +20,39 @@ from .unliftable import Unliftable
 from .views import COMPRESSING, VIEWS, broadcast_index
 
 aten = torch.ops.aten
+SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+SUMS = (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
 CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
+
+
+@dataclasses.dataclass(frozen=True)
+class Channel:
+    """A number for every channel of the head dim, the same for every position: node[index], or one over it."""
+
+    node: Node
+    index: tuple
+    divides: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """What is added to an element of int8 keys or values: factor, times channels, times ``added`` (None: 1). ``factor`` is the same along the head dim."""
+
+    factor: sympy.Expr
+    channels: tuple[Channel, ...] = ()
+    added: Channel | None = None
 
 
 @dataclasses.dataclass
 class Operand:
-    """q, k or v: node[index], times factor (an expression pulled out of ``node * scale``). The node of k and v may be int8: its elements are the numbers."""
+    """q, k or v: node[index], times factor (an expression pulled out of ``node * scale``). The node of k and v may be int8: its elements are the numbers, and
+    then there may be channels, further factors, of k, and terms that are added."""
 
     node: Node
     index: tuple
     factor: sympy.Expr = Integer(1)
+    channels: tuple[Channel, ...] = ()
+    terms: tuple[Term, ...] = ()
 
 
 def atoms_of(e, n, sizes: dict) -> list | None:
@@ -77,19 +100,19 @@ def _heads_fit(dims, role) -> bool:
     return len(parts) != 1 or (role != "q" and isinstance(parts[0], sc.floordiv))
 
 
-def look_behind(lift, node, index, sizes, reduced, role) -> Operand | None:
+def look_behind(lift, node, index, sizes, reduced, role, dequantises: bool = True) -> Operand | None:
     """Walk from a contraction's operand through views, copies, casts up and scalar factors to the tensor worth reading.
 
     Stops right behind the last step that saves something (an expand, a copy, a cast, a factor); plain views are left to the
     model. ``reduced`` is the index of the head dim: a factor may not depend on it, and v (``role`` "v") has one only where it dequantises
-    int8, as a cast down is passed only on the way to int8. None where no layout fits.
+    int8, as a cast down is passed only on the way to int8, and scales of channels and zero points are (``dequantises``). None where no layout fits.
     """
-    best, factor, useful, narrowed, steps = None, Integer(1), True, False, 0
+    best, factor, channels, terms, useful, narrowed, steps = None, Integer(1), (), (), True, False, 0
     while steps < 64:
         steps += 1
-        fits = value(node).dtype == torch.int8 or not narrowed and (role != "v" or factor == 1)
+        fits = value(node).dtype == torch.int8 or not narrowed and not channels and not terms and (role != "v" or factor == 1)
         if useful and fits and (dims := layout(node, index, with_groups(index, sizes))) is not None and _heads_fit(dims, role):
-            best, useful = Operand(node, tuple(index), factor), False
+            best, useful = Operand(node, tuple(index), factor, channels, terms), False
         target = node.target if node.op == "call_function" else None
         try:
             if target in VIEWS and target not in (aten.slice.Tensor, aten.select.int, aten.flip.default):
@@ -99,7 +122,19 @@ def look_behind(lift, node, index, sizes, reduced, role) -> Operand | None:
                 source, useful = node.args[0], True
             elif target in CASTS and role != "q" and value(node.args[0]).dtype.is_floating_point and value(node).dtype.is_floating_point:
                 source, narrowed = node.args[0], True  # a dequantised element's rounding to a half type is not done, as everywhere in a fused kernel
-            elif target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+            elif dequantises and role != "q" and target in (*SCALES, *SUMS) and _is_quantised(node):
+                source, found = _apart(lift, node, index, reduced, sizes)
+                if isinstance(found, Channel) and role == "v":
+                    break
+                if target in SUMS:
+                    sign = sc.number(-1.0 if target in (aten.sub.Tensor, aten.sub.Scalar) else 1.0)
+                    terms += (Term(sc.mul(factor, sign), channels, found) if isinstance(found, Channel) else Term(sc.mul(factor, sc.mul(sign, found)), channels),)
+                elif isinstance(found, Channel):
+                    channels += (found,)
+                else:
+                    factor = sc.mul(factor, found)
+                index, useful = broadcast_index(source, index), True
+            elif target in SCALES:
                 source, index, scale = _scaled(lift, node, index, reduced)
                 factor, useful = sc.mul(factor, scale), True
             else:
@@ -115,6 +150,36 @@ def _keeps_value(node, role) -> bool:
     if before.dtype == torch.int8 and role != "q":  # 8 bits fit into the significand of any float
         return after.dtype.is_floating_point and before.device == after.device
     return before.dtype.is_floating_point and before.dtype.itemsize <= after.dtype.itemsize and before.device == after.device and torch.promote_types(before.dtype, after.dtype) == after.dtype
+
+
+def _is_quantised(node, depth: int = 16) -> bool:
+    """Is it int8, or made of an int8 tensor by views, casts, scales and zero points?"""
+    if not is_tensor(node) or depth == 0:
+        return False
+    if value(node).dtype == torch.int8:
+        return True
+    if node.op != "call_function" or not (node.target in VIEWS or node.target in (*CASTS, *SCALES, *SUMS)):
+        return False
+    return any(isinstance(x, Node) and _is_quantised(x, depth - 1) for x in node.args[:2])
+
+
+def _apart(lift, node, index, reduced, sizes):
+    """(the int8 side of a product or sum, what it is multiplied or added with: an expression that is the same along the head dim, or a Channel)."""
+    x, y = node.args[:2]
+    divides = node.target in (aten.div.Tensor, aten.div.Scalar)
+    for tensor, other in [(x, y)] if divides or node.target in (aten.sub.Tensor, aten.sub.Scalar) else [(x, y), (y, x)]:
+        if not _is_quantised(tensor) or [*shape(tensor)] != [*shape(node)] or value(tensor).dtype != value(node).dtype or node.kwargs:
+            continue
+        found = lift.broadcast(other, index)
+        if sc.is_bool(found):
+            continue
+        if not found.has(reduced):
+            return tensor, sc.div(Integer(1), found) if divides else found
+        at = broadcast_index(other, index, lift.ranges)
+        dims = None if any(e.has(sc.I, sc.J) for e in at) else layout(other, at, with_groups(at, sizes))
+        if dims is not None and _heads_fit(dims, "k"):
+            return tensor, Channel(other, tuple(at), divides)
+    raise Unliftable("no scale or zero point")
 
 
 def _scaled(lift, node, index, reduced):

@@ -56,6 +56,7 @@ class Lift:
     def __init__(self, ranges: dict):
         self.ranges = dict(ranges)
         self.captures: dict[Node, Symbol] = {}
+        self.row_sums: dict = {}  # core.RowSum -> Symbol
         self.dots: dict[Symbol, Dot] = {}
         self._memo: dict[tuple, sympy.Basic] = {}
         self._extent: dict[sympy.Basic, tuple[int, int]] = {}
@@ -142,6 +143,10 @@ class Lift:
         if not is_tensor(x):
             return self.at(x)
         return self.at(x, broadcast_index(x, index, self.ranges))
+
+    def row_sum(self, what) -> Symbol:
+        """The symbol of a sum over the head dim of every query, a tensor [B, H, Tq] that is made with the op."""
+        return self.row_sums.setdefault(what, Symbol(f"row_sum_{len(self.row_sums)}", finite=True))
 
     def capture(self, node, index):
         """The element as data: sizes of one are dropped, so that [B, 1, 1, T] reads c0[b, j]."""

@@ -32,21 +32,26 @@ def logits(run, cache, ids, steps):
     return torch.cat(outs, 1)
 
 
-def test_near_the_float_cache_and_the_same_however_it_is_filled(llama):
+OPTIONS = [{}, {"asymmetric": True}, {"keys": "channel"}, {"asymmetric": True, "keys": "channel"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_near_the_float_cache_and_the_same_however_it_is_filled(llama, options):
     ids = torch.randint(0, 128, (2, 12))
     exact = logits(llama, StaticCache(llama.config, LENGTH), ids, [12])
-    at_once, appended = (logits(llama, tileweld.Int8Cache(llama.config, LENGTH), ids, steps) for steps in ([12], [5, 4, 1, 1, 1]))
+    at_once, appended = (logits(llama, tileweld.Int8Cache(llama.config, LENGTH, **options), ids, steps) for steps in ([9, 3], [9, 1, 1, 1]))
     torch.testing.assert_close(at_once, appended, atol=2e-5, rtol=1e-4)
     assert 1e-5 < (at_once - exact).abs().max() < 0.02 * exact.abs().max()
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_compiled_it_is_never_dequantised(llama, attention):
+def test_compiled_it_is_never_dequantised(llama, attention, options):
     llama.set_attn_implementation(attention)
     ids, report = torch.randint(0, 128, (1, 10)), Report()
     torch._dynamo.reset()
     compiled = torch.compile(llama, backend=functools.partial(backend, report=report), dynamic=False)
-    caches = [tileweld.Int8Cache(llama.config, LENGTH) for _ in range(2)]
+    caches = [tileweld.Int8Cache(llama.config, LENGTH, **options) for _ in range(2)]
     eager, ours = (logits(run, cache, ids, [8, 1, 1]) for run, cache in zip((llama, compiled), caches))
     torch.testing.assert_close(ours, eager, atol=2e-5, rtol=1e-4)
     read = [n.args[1:3] for n in report.graphs[-1].graph.nodes if n.target is torch.ops.tileweld.attention.default]

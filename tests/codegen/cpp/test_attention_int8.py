@@ -16,6 +16,10 @@ SHAPES = ((1, 1), (1, 130), (1, 700), (3, 300), (17, 17), (150, 333))  # Tq, Tk:
 SCALED = {"score": "0.25*(s*c0[b, floordiv(h, 2), j])", "value": "c1[b, floordiv(h, 2), j]"}
 
 
+#: zero points of tokens: s k8 + z for keys and for values; c4 is the sum of every query
+ASYMMETRIC = {"score": "0.25*(s*c0[b, floordiv(h, 2), j] + c2[b, floordiv(h, 2), j]*c4[b, h, i])", "value": "c1[b, floordiv(h, 2), j]*v + c3[b, floordiv(h, 2), j]"}
+
+
 def scales(B, Hk, Tq, Tk):
     return [torch.rand(B, Hk, Tk) / 60, torch.rand(B, Hk, Tk) / 60]
 
@@ -23,6 +27,11 @@ def scales(B, Hk, Tq, Tk):
 def rows_of(B, Hk, Tq, Tk):
     """the scales as a static cache keeps them, [B, Hk, length, 1], of which the first Tk are read; and one of another dtype"""
     return [(torch.rand(B, Hk, Tk + 5, 1) / 60)[:, :, :Tk, 0], (torch.rand(B, Tk, Hk) / 60).bfloat16().transpose(1, 2)]
+
+
+def points(B, Hk, Tq, Tk):
+    """scales and zero points, and numbers in the place of the queries' sums"""
+    return [*scales(B, Hk, Tq, Tk), torch.randn(B, Hk, Tk), torch.randn(B, Hk, Tk), torch.randn(B, 2 * Hk, Tq)]
 
 
 # name -> (variant's texts, captures, q's dtype, k's dtype, v's dtype, head dims)
@@ -43,6 +52,13 @@ CASES = {
     "no scales": ({"score": "0.001*s"}, lambda *sizes: [], F32, I8, I8, (64, 64)),
     "a factor of float values": ({"score": "0.2*s", "value": "c0[h, i, j] - 1"}, lambda B, Hk, Tq, Tk: [torch.randn(2 * Hk, Tq, Tk)], F32, F32, F32, (16, 16)),
     "a factor of positions": ({"score": "0.2*s", "mask": "j <= i + 2", "value": "1 + 0.01*(i - j) + c0[j - i]"}, lambda B, Hk, Tq, Tk: [torch.randn(Tq + Tk)], F32, F32, F32, (16, 16)),
+    "zero points": (ASYMMETRIC, points, F32, I8, I8, (64, 64)),
+    "zero points, odd head dims": (ASYMMETRIC, points, F32, I8, I8, (33, 20)),
+    "zero points, bfloat16": (ASYMMETRIC, points, torch.bfloat16, I8, I8, (64, 64)),
+    "zero points, padding, finite fill": (ASYMMETRIC | {"mask": "(j <= i) & (c5[b, j] != 0)", "fill": -1e9}, lambda B, Hk, Tq, Tk: [*points(B, Hk, Tq, Tk), left_padding(B, Tk)], F32, I8, I8, (64, 64)),
+    "zero points, zero rows": (ASYMMETRIC | {"mask": "j < i", "empty": "zero"}, points, F32, I8, I8, (16, 16)),
+    "zero points, a sink": (ASYMMETRIC | {"sink": "0.5"}, points, F32, I8, I8, (16, 16)),
+    "an offset alone": ({"score": "0.2*s", "value": "v + c0[h, i, j]"}, lambda B, Hk, Tq, Tk: [torch.randn(2 * Hk, Tq, Tk)], F32, F32, F32, (16, 16)),
     "a constant": ({"score": "0.2*s", "value": "2.5"}, lambda *sizes: [], F32, F32, F32, (16, 16)),
 }
 

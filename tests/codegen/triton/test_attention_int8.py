@@ -19,6 +19,10 @@ TOLERANCE = {F32: 5e-6, F16: 1e-3, BF16: 8e-3}
 SCALED = {"score": "0.25*(s*c0[b, floordiv(h, 2), j])", "value": "c1[b, floordiv(h, 2), j]"}
 
 
+#: zero points of tokens: s k8 + z for keys and for values; c4 is the sum of every query
+ASYMMETRIC = {"score": "0.25*(s*c0[b, floordiv(h, 2), j] + c2[b, floordiv(h, 2), j]*c4[b, h, i])", "value": "c1[b, floordiv(h, 2), j]*v + c3[b, floordiv(h, 2), j]"}
+
+
 def run(texts, captures, *, dtype=F32, k=I8, v=I8, B=2, H=4, Hk=2, Tq=5, Tk=70, D=16, Dv=16):
     def made(dtype, *shape):
         return torch.randint(-127, 128, shape, dtype=I8) if dtype == I8 else torch.randn(shape).to(dtype)
@@ -44,6 +48,15 @@ def test_scales_of_tokens(rest, Tq):
     keep = torch.ones(2, 70, dtype=torch.bool)
     keep[0, :40] = False
     run(SCALED | rest, [*scales(), *([keep] if "c2" in rest.get("mask", "") else [])], Tq=Tq)
+
+
+@pytest.mark.parametrize("Tq", [1, 5, 70])
+@pytest.mark.parametrize("rest", [dict(), dict(mask="j <= i + 3"), dict(mask="(j <= i) & (c5[b, j] != 0)", fill=-1e9), dict(mask="j < i", empty="zero"), dict(sink="0.5"), dict(D=33, Dv=20)], ids=str)
+def test_zero_points_of_tokens(rest, Tq):
+    keep = torch.ones(2, 70, dtype=torch.bool)
+    keep[0, :40] = False
+    dims, texts = {name: n for name, n in rest.items() if name[0] == "D"}, {name: text for name, text in rest.items() if name[0] != "D"}
+    run(ASYMMETRIC | texts, [*scales(), torch.randn(2, 2, 70), torch.randn(2, 2, 70), torch.randn(2, 4, Tq), *([keep] if "c5" in rest.get("mask", "") else [])], Tq=Tq, **dims)
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
@@ -74,6 +87,7 @@ def test_keys_or_values_alone_and_other_factors():
         run({"score": "0.2*s", "value": "c0[h, i, j] - 1"}, [torch.randn(4, Tq, 70)], k=F32, v=F32, Tq=Tq)
         run({"score": "0.2*s", "mask": "j <= i + 2", "value": "1 + 0.01*(i - j) + c0[h]"}, [torch.randn(4)], k=F32, v=F32, Tq=Tq)
         run({"score": "0.2*s", "value": "2.5"}, [], k=F32, v=F32, Tq=Tq)
+        run({"score": "0.2*s", "value": "v + c0[h, i, j]"}, [torch.randn(4, Tq, 70)], k=F32, v=F32, Tq=Tq)
 
 
 def test_refusals():

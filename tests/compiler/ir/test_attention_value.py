@@ -35,6 +35,32 @@ def test_scales_of_tokens_commute_into_score_and_weight(rest):
     torch.testing.assert_close(attention(q, k8, v8, [s0, s1], score=K_SCALE, value=V_SCALE, **rest), expected, rtol=1e-12, atol=1e-13, equal_nan=True)
 
 
+@pytest.mark.parametrize("rest", MASKS, ids=str)
+def test_zero_points_commute_into_the_sum_of_q_and_a_number_for_every_dim(rest):
+    """(s0 k8 + z0) . q = s0 (k8 . q) + z0 sum(q); p (s1 v8 + z1) = (p s1) v8 + p z1."""
+    q, (k8, v8, s0, s1) = qkv()[0], quantised()
+    z0, z1 = (torch.randn(B, HK, S, dtype=torch.float64) for _ in range(2))
+    expected = attention(q, s0[..., None] * k8 + z0[..., None], s1[..., None] * v8 + z1[..., None], [s0, s1], **rest)
+    got = attention(q, k8, v8, [s0, s1, z0, z1, q.sum(-1)], score=f"{K_SCALE} + c2[b, h//2, j]*c4[b, h, i]", value=f"{V_SCALE}*v + c3[b, h//2, j]", **rest)
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12, equal_nan=True)
+
+
+def test_forms_of_value():
+    q, k, v = qkv()
+    (f, o), plain = torch.randn(2, B, H, S, dtype=torch.float64), attention(q, k, v)
+    torch.testing.assert_close(attention(q, k, v, value="v"), plain)
+    for text in ("c0[b, h, j]*v + c1[b, h, j]", "c1[b, h, j] + v*c0[b, h, j]"):
+        torch.testing.assert_close(attention(q, k, v, [f, o], value=text), attention(q, k, v, [f, o], value="c0[b, h, j]") + attention(q, k, torch.ones_like(v), [f, o], value="c1[b, h, j]"))
+    torch.testing.assert_close(attention(q, k, v, value="v + 2"), plain + 2)
+    torch.testing.assert_close(attention(q, k, v, value="3*v"), plain * 3)
+
+
+@pytest.mark.parametrize("value", ["v*v", "v*v + 1", "exp(v)", "v + v", "1 - v", "s*v", "v + s", "2*(v + 1)"])
+def test_what_is_not_f_v_plus_o_is_refused(value):
+    with pytest.raises(ValueError, match="value="):
+        attention(*qkv(), value=value)
+
+
 def test_scales_of_channels_commute_into_q_and_the_result():
     q, (k8, v8, *_) = qkv()[0], quantised()
     a, b = torch.rand(B, HK, 1, D, dtype=torch.float64), torch.rand(B, HK, 1, DV, dtype=torch.float64)
@@ -50,7 +76,7 @@ def test_each_operand_may_be_int8_alone():
     assert attention(q.bfloat16(), k8, v8).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("shape", "value"), [((H, T, S), "c0[h, i, j]"), ((B, HK, S), "tanh(c0[b, h//2, j]) + 1"), ((), "2*c0"), ((S + T,), "c0[j - i + Tq]*j")])
+@pytest.mark.parametrize(("shape", "value"), [((H, T, S), "c0[h, i, j]"), ((B, HK, S), "tanh(c0[b, h//2, j]) + 1"), ((), "2*c0"), ((S + T,), "c0[j - i + Tq]*j"), ((B, HK, S), "v + c0[b, h//2, j]"), ((H, T, S), "cos(c0[h, i, j])*v + c0[h, i, j]**2")])
 @pytest.mark.parametrize("rest", [dict(), dict(mask="j <= i + 1"), dict(mask="j <= i"), dict(sink="0.5")], ids=str)
 def test_gradients(shape, value, rest):
     """gradcheck through q, k, v and the captures of ``value``; the causal way of the backward, which reads fewer keys, too."""
