@@ -2,10 +2,10 @@
 
     activation   rows     way
     "float"      all      as `linear`: gemv, split K, tiled; the weights are half or a quarter of the bytes
-    "int8"       all      quantise_kernel: a program a row; then tiles of int8 products, 16 rows and more
+    "int8"       all      quantise_kernel: a program a row; then tiles of int8 products, 16 rows and more, K split where programs are few
     "mixed"      all      mark_kernel finds the outlier columns (not where they are given), then as "int8"; nothing waits for the host
 
-Sums of activations in int8 are not split over programs: they stay exact in int32 until they are scaled.
+Shares of a split K are int32 where sums are: added they are exact, and are scaled then (combine_kernel).
 """
 from __future__ import annotations
 
@@ -33,7 +33,16 @@ def launch_tiled(config, tensors, ints, floats):
     BLOCK_M = BLOCK_M or max(16, min(64, triton.next_power_of_2(M)))
     EVEN_K, INDEX = K % BLOCK_K == 0, index_type($indexed)
     tiles = triton.cdiv(M, BLOCK_M) * programs(weights, BLOCK_N)
-    return tiled_kernel[(tiles,)]($tiled_call, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+    splits = split_count(tiles, triton.cdiv(K, BLOCK_K), x.device)
+    partial = step  # not touched without splits
+    SPLIT = splits > 1
+    if SPLIT:
+        partial = torch.empty(($buffers * splits, M, $total), dtype=torch.int32, device=x.device)
+    compiled = tiled_kernel[(tiles, splits)]($tiled_call, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+    if SPLIT:
+        BLOCK_M, BLOCK_N = min(4, triton.next_power_of_2(M)), 256
+        combine_kernel[(triton.cdiv(M, BLOCK_M) * programs(weights, BLOCK_N),)]($combine_call, num_warps=4, enable_fp_fusion=True)
+    return compiled
 '''
 
 AOT = '''
@@ -75,7 +84,7 @@ def emit(spec: Spec, *, x_dtype: torch.dtype, capture_dtypes: Sequence[torch.dty
     known = {**{f"s{w}_ptr": f"scales[{w}]" for w in range(weights)}, "t_ptr": "t", "step_ptr": "step", "bad_ptr": "bad", "mark_ptr": "mark", "stride_ym": "y.stride(0)", "stride_yk": "y.stride(1)",
              "threshold": "float(floats[1])"}
     types = _types(text, x_dtype, [torch.int8] * weights, capture_dtypes, capture_ranks)
-    types |= {f"s{w}_ptr": "*fp32" for w in range(weights)} | {"t_ptr": "*i8", "step_ptr": "*fp32", "bad_ptr": "*i32", "mark_ptr": "*i8", "stride_yk": "constexpr", "threshold": "fp32"}
+    types |= {f"s{w}_ptr": "*fp32" for w in range(weights)} | {"t_ptr": "*i8", "step_ptr": "*fp32", "bad_ptr": "*i32", "mark_ptr": "*i8", **({} if activation == "float" else {"partial_ptr": "*i32"}), "stride_yk": "constexpr", "threshold": "fp32"}
     is_float, first = activation == "float", outputs + 1
     after = first + 2 * weights
     unpack = [f"outs, x, weights = tensors[:{outputs}], tensors[{outputs}], tensors[{first}:{first + weights}]",
@@ -94,7 +103,7 @@ def emit(spec: Spec, *, x_dtype: torch.dtype, capture_dtypes: Sequence[torch.dty
         tensors=", ".join([*(f"out{o} [M, N]" for o in range(outputs)), "x [M, K]", texts, *([captures] if captures else []), *(["columns bool [K]"] if has_columns else [])]),
         sizes=", ".join(f"n{n}" for n in range(num_sizes)) or "none", x=outputs, weights=weights, unpack=unpack, indexed="*outs, x, *weights",
         prepare=_prepare(text, call, is_float), total=" + ".join(f"weights[{w}].shape[0]" for g in text.groups for w in g.weights), tiled_call=call("tiled_kernel"),
-        gemv_call=call("gemv_kernel") if is_float else "", combine_call=call("combine_kernel") if is_float else "", aot=_aot(text, types) if is_float else _int8_aot(text, types))
+        gemv_call=call("gemv_kernel") if is_float else "", combine_call=call("combine_kernel"), buffers=2 if activation == "mixed" else 1, aot=_aot(text, types) if is_float else _int8_aot(text, types))
     detail = f"int8, activations {activation}, norm={spec.norm or 'none'} {' ; '.join(spec.epilogues)} {dtype}{shape}"
     return Kernel(name="int8_linear", language="triton", source=source, entry="linear", rewrite="int8", detail=detail)
 
@@ -162,9 +171,11 @@ def _int8_aot(text: Int8Text, types: dict[str, str]) -> list[str]:
         listed = ", ".join([*(f"{n}=1" for n in names if types[n] == "constexpr"), *(f"{c}={values[c]}" for c in constants)])
         return fill(AOT, kernel=kernel, config=config, signature=repr(signature), divisible=repr(divisible), constants=listed).splitlines()
 
-    tiled = {"EVEN_K": "True", "INDEX": "tl.int32", "BLOCK_M": "block_m or rows", "BLOCK_N": "block_n", "BLOCK_K": "block_k"}
-    lines = ['for table, rows in (("many", 0), ("few", 64), ("few", 16)):', "    for kind, block_m, block_n, block_k, fused, num_warps, num_stages in CONFIGS[table][backend]:"]
+    tiled = {"EVEN_K": "True", "INDEX": "tl.int32", "BLOCK_M": "block_m or rows", "BLOCK_N": "block_n", "BLOCK_K": "block_k", "SPLIT": "split"}
+    lines = ['for table, rows, split in (("many", 0, False), ("few", 64, False), ("few", 64, True), ("few", 16, False), ("few", 16, True)):',
+             "    for kind, block_m, block_n, block_k, fused, num_warps, num_stages in CONFIGS[table][backend]:"]
     lines += ["        " + line for line in entry("tiled_kernel", "(block_m or rows, block_n, block_k, num_warps, num_stages)", tiled)]
+    lines += entry("combine_kernel", "(4, 256, 4, 3)", {"INDEX": "tl.int32", "BLOCK_M": "4", "BLOCK_N": "256"})
     for kernel in ("mark_kernel", "quantise_kernel"):
         if kernel in text.signatures:
             lines += entry(kernel, "(4096, 4, 3)", {"BLOCK": "4096", "INDEX": "tl.int32"})

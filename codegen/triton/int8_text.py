@@ -8,6 +8,9 @@ product of t and the weights is in int32, exact. What is not int8 is *outer*: ou
 loop multiplies y and the weights in floats there, and reads no weights where a block of K has neither, so nobody waits for the host to count them.
 
     a = (s_i sum_k t_ik q_jk + sum over outer k of y_ik q_jk) scale_j
+
+Where K is split, shares of the first sum are int32 and stay exact when they are added. Shares of the second are floats, as bits in the same memory: for
+"mixed" behind those of the first, for "int8" in their place, since the first sum of such a row is 0.
 """
 from __future__ import annotations
 
@@ -18,27 +21,51 @@ from .source import fill
 
 INT8_TILED = '''
 $head
+k_first = 0
+k_last = K
+if SPLIT:
+    share = tl.cdiv(tl.cdiv(K, BLOCK_K), splits) * BLOCK_K
+    k_first = split * share
+    k_last = tl.minimum(k_first + share, K)
 ks = tl.arange(0, BLOCK_K)
-t_tile = t_ptr + i * tl.cast(K, INDEX) + ks.to(INDEX)[None, :]
+t_tile = t_ptr + i * tl.cast(K, INDEX) + (k_first + ks).to(INDEX)[None, :]
 $tiles
 $zeros
-for k0 in tl.range(0, K, BLOCK_K):
+for k0 in tl.range(k_first, k_last, BLOCK_K):
     if EVEN_K:
         t = tl.load(t_tile, mask=i < M, other=0)
     else:
         t = tl.load(t_tile, mask=(i < M) & (k0 + ks < K)[None, :], other=0)
     $products
     t_tile += BLOCK_K
-step = tl.load(step_ptr + rows, mask=rows < M, other=0.0)[:, None]
-$joined
 bad = tl.load(bad_ptr + rows, mask=rows < M, other=0)
+if SPLIT:
+    $store
+else:
+    step = tl.load(step_ptr + rows, mask=rows < M, other=0.0)[:, None]
+    $joined
 $outer
+if SPLIT:
+    $store_outer
+else:
+    $scaled
+    $finish
+'''
+
+INT8_COMBINE = '''
+$head
+bad = tl.load(bad_ptr + rows, mask=rows < M, other=0)[:, None]
+step = tl.load(step_ptr + rows, mask=rows < M, other=0.0)[:, None]
+$zeros
+for share in tl.range(0, splits):
+    $add
+$joined
 $scaled
 $finish
 '''
 
 OUTER = '''
-for k0 in tl.range(0, K, BLOCK_K):
+for k0 in tl.range(k_first, k_last, BLOCK_K):
     marked = tl.load(mark_ptr + k0 + ks, mask=k0 + ks < K, other=0).to(tl.int32)
     if tl.maximum(tl.max(marked, 0), tl.max(bad, 0)) > 0:
         $body
@@ -46,7 +73,7 @@ for k0 in tl.range(0, K, BLOCK_K):
 
 OUTER_ROWS = '''
 if tl.max(bad, 0) > 0:  # a row with an inf or a NaN
-    for k0 in tl.range(0, K, BLOCK_K):
+    for k0 in tl.range(k_first, k_last, BLOCK_K):
         $body
 '''
 
@@ -116,10 +143,11 @@ class Int8Text(LinearText):
 
     # ------------------------------------------------------------------------------------------ weights of int8
     def select(self, loop: Loop, count: str, weights: bool = True, base: bool = True) -> list[str]:
-        """With the scales of the weights beside them."""
-        lines = []
-        for line in super().select(loop, count, weights, base):
-            lines.append(line)
+        """With the scales of the weights beside them; shares of int8 activations meet them where they are added, without the weights."""
+        lines, scales_alone = [], not weights and self.activation != "float"
+        for line in super().select(loop, count, weights or scales_alone, base):
+            if not (scales_alone and re.fullmatch(r" *(v\d+_ptr|stride_v\d+n) = .*", line)):
+                lines.append(line)
             if found := re.fullmatch(r"( *)v(\d+)_ptr = w(\d+)_ptr", line):
                 lines.append(f"{found[1]}scale{found[2]}_ptr = s{found[3]}_ptr")
         return lines
@@ -148,15 +176,33 @@ class Int8Text(LinearText):
         tiles, products, joined, outer = [], [], [], []
         for n, q, name in loop.each():
             tile = f"tile{n}_{q}"
-            tiles.append(f"{tile} = v{n}_ptr + ks.to(INDEX)[:, None] * stride_wk + j{q} * stride_v{n}n")
+            tiles.append(f"{tile} = v{n}_ptr + (k_first + ks).to(INDEX)[:, None] * stride_wk + j{q} * stride_v{n}n")
             products += [f"if EVEN_K:\n    w = tl.load({tile}, mask=j{q} < N, other=0)\nelse:\n    w = tl.load({tile}, mask=(j{q} < N) & (k0 + ks < K)[:, None], other=0)",
                          f"{name}_sum = tl.dot(t, w, {name}_sum, out_dtype=tl.int32)", f"{tile} += BLOCK_K * tl.cast(stride_wk, INDEX)"]
             joined.append(f"{name} = {name}_sum.to(tl.float32) * step")
             outer += [f"w = tl.load(v{n}_ptr + (k0 + ks).to(INDEX)[:, None] * stride_wk + j{q} * stride_v{n}n, mask=(j{q} < N) & inside[:, None], other=0)", self.multiply(n, q, name)]
         mixed = self.activation == "mixed"
+        store = [f"tl.store({pointer}, {name}_sum, mask={mask})" for name, pointer, mask in self._partials(loop, "split")]
+        store += [f"{name} = tl.zeros([BLOCK_M, WIDTH], tl.float32)" for *_, name in loop.each()]
+        store_outer = [f"tl.store({pointer}, {name}.to(tl.int32, bitcast=True), mask={mask}{'' if mixed else ' & (bad[:, None] > 0)'})"
+                       for name, pointer, mask in self._partials(loop, "splits + split" if mixed else "split")]
         body = fill(OUTER_BODY, is_outer="(bad[:, None] > 0) | (marked[None, :] > 0)" if mixed else "bad[:, None] > 0", products=outer)
-        return fill(INT8_TILED, head=self.head(loop, True), tiles=tiles, products=products, joined=joined, outer=fill(OUTER if mixed else OUTER_ROWS, body=body),
+        return fill(INT8_TILED, head=self.head(loop, True), tiles=tiles, products=products, store=store, store_outer=store_outer, joined=joined, outer=fill(OUTER if mixed else OUTER_ROWS, body=body),
                     zeros=[f"{name}_sum = tl.zeros([BLOCK_M, WIDTH], tl.int32)" for *_, name in loop.each()], scaled=self.scaled(loop), finish=self.finish(loop))
+
+    def int8_combine(self, loop: Loop) -> str:
+        mixed = self.activation == "mixed"
+        floats = {name: pointer for name, pointer, _ in self._partials(loop, "splits + share")}
+        zeros = [line for *_, name in loop.each() for line in (f"{name}_sum = tl.zeros([BLOCK_M, WIDTH], tl.int32)", f"{name} = tl.zeros([BLOCK_M, WIDTH], tl.float32)")]
+        add = []
+        for name, pointer, mask in self._partials(loop, "share"):
+            add.append(f"part = tl.load({pointer}, mask={mask}, other=0)")
+            if mixed:
+                add += [f"{name}_sum += part", f"{name} += tl.load({floats[name]}, mask={mask}, other=0).to(tl.float32, bitcast=True)"]
+            else:
+                add += [f"{name}_sum += tl.where(bad > 0, 0, part)", f"{name} += tl.where(bad > 0, part.to(tl.float32, bitcast=True), 0.0)"]
+        joined = [f"{name} += {name}_sum.to(tl.float32) * step" for *_, name in loop.each()]
+        return fill(INT8_COMBINE, head=self.head(loop, False), zeros=zeros, add=add, joined=joined, scaled=self.scaled(loop), finish=self.finish(loop))
 
     def quantise(self) -> str:
         x = "x_row + tl.cast(k, tl.int64) * stride_xk"
@@ -174,5 +220,6 @@ class Int8Text(LinearText):
         if self.activation == "float":
             return super().kernels()
         made = [*([self.mark()] if self.activation == "mixed" and not self.columns_given else []), self.quantise(),
-                self._looped("tiled", "Grid (tiles,). Sums of int8 products in int32; what is outer in floats.", self.int8_tiled, "tl.cdiv(M, BLOCK_M) * {}")]
+                self._looped("tiled", "Grid (tiles, splits). Sums of int8 products in int32; what is outer in floats. SPLIT: shares of K go to partial.", self.int8_tiled, "tl.cdiv(M, BLOCK_M) * {}"),
+                self._looped("combine", "Adds the shares of K in their order, scales, and applies the epilogue.", self.int8_combine, "tl.cdiv(M, BLOCK_M) * {}")]
         return "\n\n".join([*self.helper_texts(), *made])

@@ -11,7 +11,7 @@ from tileweld.codegen.triton.int8_linear import emit  # noqa: E402
 from tileweld.compiler.errors import UnsupportedError  # noqa: E402
 from tileweld.compiler.ir.int8_linear import quantized, reference  # noqa: E402
 from tileweld.compiler.ir.linear import Spec  # noqa: E402
-from tileweld.runtime.interpret import interpreted_entry  # noqa: E402
+from tileweld.runtime.interpret import interpreted_entry, interpreting, load_interpreted  # noqa: E402
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 INF = math.inf
@@ -87,6 +87,37 @@ def test_the_largest_sums():
     q[:, 0] = 126
     out, = launch(Spec(), x, [(q, torch.ones(16, 1))], activation="int8")
     assert (out == float(torch.tensor(127 * 127 * k - 127, dtype=torch.int64).float())).all()
+
+
+ROTARY = "a{0}*c1[i, mod(j, 16)] + where(mod(j, 16) < 8, -p{0}, p{0})*c2[i, mod(j, 16)]"
+SPLIT = [(Spec("rms", "x*r*c0[j]", ("a0*sigmoid(a0)*a1 + c1[i, 3]",)), (48, 48)), (Spec("rms", "x*r*c0[j]", (ROTARY.format(0), ROTARY.format(1), "a2"), ((16, 8), (16, 8), (0, 0))), (32, 16, 37))]
+
+
+@pytest.mark.parametrize(("spec", "widths"), SPLIT)
+@pytest.mark.parametrize(("activation", "threshold"), WAYS[1:])
+def test_shares_of_k(activation, threshold, spec, widths):
+    """Any number of shares, empty ones too: sums of integers are the same bits as in one, those of floats (rows that are not finite, outliers) the same up to their order."""
+    made = emit(spec, x_dtype=F32, capture_dtypes=[F32] * 3, capture_ranks=[1, 2, 2], activation=activation, groups=(1,) * len(widths), k=300)
+    module = load_interpreted(made.name, made.source)
+    for rows, k in ((20, 150), (70, 70), (2, 20)):
+        x, weights, captures = torch.randn(rows, k), [weight(n, k) for n in widths], (torch.randn(k), *torch.randn(2, rows, 16))
+        x[1, 7] = INF
+        results = []
+        for count in (1, 3):
+            asked = []
+            module.split_count = lambda *sizes, count=count, asked=asked: asked.append(sizes) or count
+            outs = [torch.full((rows, widths[spec.accumulators(o)[0]]), 77.0) for o in range(len(spec.epilogues))]
+            with interpreting():
+                module.linear([*outs, x, *(q for q, _ in weights), *(s for _, s in weights), *captures], [], [1e-5, threshold])
+            assert len(asked) == 1 and not any((out == 77).any() for out in outs)
+            results.append(torch.cat(outs, 1))
+        whole, *split = results
+        assert whole[1].isnan().any() and whole[0].isfinite().all()
+        finite = torch.arange(rows) != 1
+        for result in split:
+            if activation == "int8":
+                assert torch.equal(result[finite], whole[finite])
+            torch.testing.assert_close(result, whole, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("columns", [False, True])

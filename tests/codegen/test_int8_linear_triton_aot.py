@@ -24,10 +24,10 @@ def module(case, activation, dtype, groups=1, columns=False):
 
 
 @functools.cache
-def compiled(case, kernel, arch, activation, dtype=BF16, block_m=None, groups=1):
-    """The first configuration of a kernel, or the first with so many rows."""
+def compiled(case, kernel, arch, activation, dtype=BF16, block_m=None, groups=1, split=None):
+    """The first configuration of a kernel, or the first with so many rows, with K split or not."""
     made = module(case, activation, dtype, groups)
-    entry = next(e for e in made.AOT if e["kernel"] == kernel and e["backend"] == family_of(arch) and block_m in (None, e["config"][0]))
+    entry = next(e for e in made.AOT if e["kernel"] == kernel and e["backend"] == family_of(arch) and block_m in (None, e["config"][0]) and split in (None, e["constants"].get("SPLIT")))
     return compile_ahead(made, kernel, entry["signature"], entry["constants"], arch, divisible_by_16=entry["divisible_by_16"], num_warps=entry["config"][-2], num_stages=entry["config"][-1])
 
 
@@ -47,8 +47,9 @@ def test_weight_only(arch):
 @pytest.mark.parametrize("activation", ["int8", "mixed"])
 def test_activations_of_int8(arch, activation):
     rows = [compiled(RESIDUAL, "quantise_kernel", arch, activation, F16)] + ([compiled(RESIDUAL, "mark_kernel", arch, activation, F16)] if activation == "mixed" else [])
-    tiled = [compiled(RESIDUAL, "tiled_kernel", arch, activation, F16, *block) for block in ((), (16,), (64,))]
-    for result in (*rows, *tiled):
+    tiled = [compiled(RESIDUAL, "tiled_kernel", arch, activation, F16, block, split=split) for block, split in ((None, False), (16, False), (16, True), (64, True))]
+    combine = [compiled(case, "combine_kernel", arch, activation, F16) for case in (RESIDUAL, GATED)]
+    for result in (*rows, *tiled, *combine):
         assert result.spills == 0 and result.fits, result
     integers = {"sm_80": (".s32.s8.s8.s32",), "sm_90": (".s32.s8.s8",), "sm_100": (".s32.s8.s8", "tcgen05.mma.cta_group::1.kind::i8"), "gfx942": ("v_mfma_i32_",)}[arch]
     for result in tiled:
