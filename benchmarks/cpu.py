@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import fusion
 import torch
 import typer
-from harness import interleaved, machine, peak_extra, relative_error, show, store
+from harness import interleaved, peak_extra, relative_error, run_cases, show
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
@@ -146,12 +146,7 @@ CASES = {"llama_eager": case_llama_eager, "window_softcap": case_window_softcap,
 
 def main(cases: list[str] = typer.Argument(None, help=f"some of: {', '.join(CASES)}"), rounds_file: bool = typer.Option(True, "--store/--no-store", help="write benchmarks/results/cpu.json")) -> None:
     """Run the cases, print their tables, store their figures."""
-    for name in cases or CASES:
-        if name not in CASES:
-            raise typer.BadParameter(f"unknown case {name!r}; there are {', '.join(CASES)}")
-        result = {"machine": machine(), "what": CASES[name].__doc__, **CASES[name]()}
-        if rounds_file:
-            store("cpu.json", {name: result})
+    run_cases(CASES, cases, "cpu.json", rounds_file)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -74,3 +75,13 @@ def store(name: str, result: dict) -> Path:
     known.update(result)
     path.write_text(json.dumps(known, indent=1) + "\n")
     return path
+
+
+def run_cases(cases: dict[str, Callable[[], dict]], names: list[str] | None, file: str, keep: bool) -> None:
+    """Run cases by name (none: all), each of which prints its table, and store their figures in `file` if wanted."""
+    for name in names or cases:
+        if name not in cases:
+            raise typer.BadParameter(f"unknown case {name!r}; there are {', '.join(cases)}")
+        result = {"machine": machine(), "what": cases[name].__doc__, **cases[name]()}
+        if keep:
+            store(file, {name: result})

@@ -27,7 +27,7 @@ import torch
 import typer
 from cpu import llama
 from fusion import logits
-from harness import interleaved, machine, relative_error, show, store
+from harness import interleaved, relative_error, run_cases, show
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
@@ -212,21 +212,12 @@ def case_prefill() -> dict:
 
 def case_smollm2_decode() -> dict:
     """SmolLM2-135M, real weights: a loop of 32 greedy tokens behind 512, static cache, weight_only: >= 2.5x eager."""
-    from transformers import StaticCache
-
     model = fusion.smollm2()
-    c = model.config
-    cache = StaticCache(config=c, max_cache_len=1024)
-    cache.early_initialization(batch_size=1, num_heads=c.num_key_value_heads, head_dim=c.head_dim, dtype=torch.float32, device=torch.device("cpu"))
-    prompt = torch.randint(0, 49152, (1, 512), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    lengths = [layer.cumulative_length.clone() for layer in cache.layers if hasattr(layer, "cumulative_length")]
+    cache, rewind = fusion.prefilled(model)
 
     def loop(forward):
         def call():
-            for layer, length in zip(cache.layers, lengths):  # every loop writes the same slots
-                layer.cumulative_length.copy_(length)
+            rewind()  # every loop writes the same slots
             token = torch.tensor([[1000]])
             for _ in range(32):
                 result = forward(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -292,12 +283,7 @@ CASES = {"decode": case_decode, "prefill": case_prefill, "smollm2_decode": case_
 
 def main(cases: list[str] = typer.Argument(None, help=f"some of: {', '.join(CASES)}"), rounds_file: bool = typer.Option(True, "--store/--no-store", help="write benchmarks/results/int8.json")) -> None:
     """Run the cases, print their tables, store their figures."""
-    for name in cases or CASES:
-        if name not in CASES:
-            raise typer.BadParameter(f"unknown case {name!r}; there are {', '.join(CASES)}")
-        result = {"machine": machine(), "what": CASES[name].__doc__, **CASES[name]()}
-        if rounds_file:
-            store("int8.json", {name: result})
+    run_cases(CASES, cases, "int8.json", rounds_file)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import io
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import torch
 
 from .cost_report import Costs, si
 from .devices import Device, guess, named
-from .report import Report
+from .report import Report, rendered
 from .targets import Target
 
 QUIET_SECONDS = 2.0  # what takes longer shows how far it is
@@ -75,13 +74,7 @@ class Result:
         return {"target": self.target, "device": dataclasses.asdict(self.device), "threads": torch.get_num_threads(), "roofline_seconds": best, "flops": flops, "bytes": moved, "rows": rows, "warnings": self.report.warnings}
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        out = io.StringIO()
-        console = Console(file=out, width=140, no_color=True)
-        for part in self.tables():
-            console.print(part)
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
+        return rendered(self.tables())
 
     def tables(self) -> list:
         """rich renderables: a row a contender, the work that all are held to, warnings."""

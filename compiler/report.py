@@ -177,13 +177,7 @@ class Report:
         return json.dumps({"counts": dict(self.counts), "graphs": len(self.graphs), **rows, "cost": self.cost.to_json(self.device), "fallbacks": dict(self.fallbacks), "warnings": self.warnings}, indent=2)
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        out = io.StringIO()
-        console = Console(file=out, width=140, no_color=True)
-        for table in self.tables():
-            console.print(table)
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
+        return rendered(self.tables())
 
     def __repr__(self) -> str:
         fused = ", ".join(f"{n} {name}" for name, n in self.counts.items()) or "nothing fused"
@@ -304,3 +298,14 @@ def _sources(rows) -> str:
 
 def _few(lines: list[str]) -> str:
     return "\n".join(lines[:2]) + (f"\n... and {len(lines) - 2} more" if len(lines) > 2 else "")
+
+
+def rendered(parts, width: int = 140) -> str:
+    """rich renderables as plain text."""
+    from rich.console import Console
+
+    out = io.StringIO()
+    console = Console(file=out, width=width, no_color=True)
+    for part in parts:
+        console.print(part)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..compiler.errors import ConversionError
 from .linears import check_linear, is_linear, sizes_of
-from .observe import Inputs, hooked, run
+from .observe import Inputs, hooked, run_once
 
 aten = torch.ops.aten
 _KEEPING = frozenset({aten.clone.default, aten._to_copy.default, aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.contiguous.default})
@@ -94,12 +94,11 @@ def trace(model: nn.Module, inputs: Inputs) -> Flow:
         keep(model.register_forward_hook(lambda module, args, output: watch.returned(output)))
         try:
             with watch:
-                run(model, inputs)
-        except Exception as error:
+                run_once(model, inputs)
+        except ConversionError:
             for name, linear in linears.items():
                 check_linear(name, linear)
-            raise ConversionError(f"the model does not run on {', '.join(str([*x.shape]) for x in (*inputs.args, *(inputs.kwargs or {}).values()))}: {error}",
-                                  cure="pass calibration as a dict of the model's keyword arguments") from error
+            raise
     return watch.flow()
 
 

@@ -95,6 +95,15 @@ def run(model: nn.Module, inputs: Inputs) -> None:
         model(*inputs.args, **(inputs.kwargs or {}), **extra)
 
 
+def run_once(model: nn.Module, inputs: Inputs) -> None:
+    """`run`; a failure becomes a ConversionError that says what the model was called with."""
+    try:
+        run(model, inputs)
+    except Exception as error:
+        raise ConversionError(f"the model does not run on {', '.join(str([*x.shape]) for x in (*inputs.args, *(inputs.kwargs or {}).values()))}: {error}",
+                              cure="pass calibration as a dict of the model's keyword arguments") from error
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout meanwhile; every module's own mode afterwards."""
@@ -137,11 +146,7 @@ def probe_calls(model: nn.Module, sites: list[Site], inputs: Inputs) -> dict[str
             keep(site.module.register_forward_pre_hook(at_module, with_kwargs=True))
             for child in site.children:
                 keep(site.linear(child).register_forward_pre_hook(lambda m, a, f=at_child, n=site.name, c=child: f(m, a, n, c)))
-        try:
-            run(model, inputs)
-        except Exception as error:
-            raise ConversionError(f"the model does not run on {', '.join(str([*x.shape]) for x in (*inputs.args, *(inputs.kwargs or {}).values()))}: {error}",
-                                  cure="pass calibration as a dict of the model's keyword arguments") from error
+        run_once(model, inputs)
     for site in sites:
         for name in (site.name, *(f"{site.name}.{child}" for child in site.children)):
             if counts[name] != 1:

@@ -9,6 +9,7 @@ Shares of a split K are int32 where sums are: added they are exact, and are scal
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ from ...compiler.ir.int8_linear import ACTIVATIONS, MOST_K
 from ...compiler.ir.kernel import Kernel
 from ...compiler.ir.linear import Spec
 from .int8_text import Int8Text
-from .linear import MODULE, _aot, _call, _check, _name, _types
+from .linear import MODULE, _aot, _call, _check, _entry, _name, _types
 from .linear_configs import FAMILIES, Config, configs
 from .source import fill
 
@@ -43,14 +44,6 @@ def launch_tiled(config, tensors, ints, floats):
         BLOCK_M, BLOCK_N = min(4, triton.next_power_of_2(M)), 256
         combine_kernel[(triton.cdiv(M, BLOCK_M) * programs(weights, BLOCK_N),)]($combine_call, num_warps=4, enable_fp_fusion=True)
     return compiled
-'''
-
-AOT = '''
-AOT.append(dict(
-    kernel="$kernel", backend=backend, config=$config,
-    signature=$signature,
-    divisible_by_16=$divisible,
-    constants=dict($constants)))
 '''
 
 #: rows -> family -> tiles of int8 products; the first is the default. BLOCK_K of 64 bytes and more: 32 is the least that the matrix units take
@@ -164,13 +157,7 @@ def _configs(text, is_float, itemsize, group) -> list[str]:
 
 
 def _int8_aot(text: Int8Text, types: dict[str, str]) -> list[str]:
-    def entry(kernel, config, values):
-        names, constants = text.signatures[kernel], text.constants[kernel]
-        signature = {n: types[n] for n in names} | dict.fromkeys(constants, "constexpr")
-        divisible = [n for n in names if types[n] != "constexpr" and (n.endswith("_ptr") or n == "K" or n[0] == "N" or n.startswith("stride_") or (n[0] == "c" and "_s" in n))]
-        listed = ", ".join([*(f"{n}=1" for n in names if types[n] == "constexpr"), *(f"{c}={values[c]}" for c in constants)])
-        return fill(AOT, kernel=kernel, config=config, signature=repr(signature), divisible=repr(divisible), constants=listed).splitlines()
-
+    entry = functools.partial(_entry, text, types)
     tiled = {"EVEN_K": "True", "INDEX": "tl.int32", "BLOCK_M": "block_m or rows", "BLOCK_N": "block_n", "BLOCK_K": "block_k", "SPLIT": "split"}
     lines = ['for table, rows, split in (("many", 0, False), ("few", 64, False), ("few", 64, True), ("few", 16, False), ("few", 16, True)):',
              "    for kind, block_m, block_n, block_k, fused, num_warps, num_stages in CONFIGS[table][backend]:"]

@@ -10,6 +10,7 @@ the prologue's result rounded to that dtype, as the separate ops would; all else
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -240,15 +241,18 @@ def _tensor(short: str) -> str:
     return short if short == "x" else f"{ {'o': 'outs', 'w': 'weights', 'c': 'captures'}[short[0]]}[{short[1:]}]"
 
 
+def _entry(text, types: dict[str, str], kernel: str, config: str, values: dict[str, str]) -> list[str]:
+    """The lines that list one launch ahead of time; values: constant -> its value, as text."""
+    names, constants = text.signatures[kernel], text.constants[kernel]
+    signature = {n: types[n] for n in names} | dict.fromkeys(constants, "constexpr")
+    divisible = [n for n in names if types[n] != "constexpr" and (n.endswith("_ptr") or n == "K" or n[0] == "N" or n.startswith("stride_") or (n[0] == "c" and "_s" in n))]
+    listed = ", ".join([*(f"{n}=1" for n in names if types[n] == "constexpr"), *(f"{c}={values[c]}" for c in constants)])
+    return fill(AOT, kernel=kernel, config=config, signature=repr(signature), divisible=repr(divisible), constants=listed).splitlines()
+
+
 def _aot(text: LinearText, types: dict[str, str]) -> list[str]:
     """The loops that list every launch that the host function can make at round sizes."""
-    def entry(kernel, config, values):
-        names, constants = text.signatures[kernel], text.constants[kernel]
-        signature = {n: types[n] for n in names} | dict.fromkeys(constants, "constexpr")
-        divisible = [n for n in names if types[n] != "constexpr" and (n.endswith("_ptr") or n == "K" or n[0] == "N" or n.startswith("stride_") or (n[0] == "c" and "_s" in n))]
-        listed = ", ".join([*(f"{n}=1" for n in names if types[n] == "constexpr"), *(f"{c}={values[c]}" for c in constants)])
-        return fill(AOT, kernel=kernel, config=config, signature=repr(signature), divisible=repr(divisible), constants=listed).splitlines()
-
+    entry = functools.partial(_entry, text, types)
     shared = {"EVEN_K": "True", "INDEX": "tl.int32", "BLOCK_M": "block_m or rows", "BLOCK_N": "block_n", "BLOCK_K": "block_k", "FUSED": "fused", "ROWS": "rows"}
     lines = ['for table, rows in (("many", 0), ("few", 64), ("few", 16), ("one", 1), ("one", 8)):', "    for kind, block_m, block_n, block_k, fused, num_warps, num_stages in CONFIGS[table][backend]:",
              '        if kind == "tiled" and table != "one":']

@@ -1,7 +1,6 @@
 """to_gqa on models that are built in other ways than Llama: converted exactly where their heads are redundant, refused in words that name what stands in the way otherwise."""
 import pytest
 import torch
-import torch.nn.functional as F
 from tileweld import convert
 from tileweld.compiler.errors import ConversionError
 from torch import nn
