@@ -26,11 +26,13 @@ from torch.fx import Graph, Node
 from ..compiler.ir import scalar as sc
 from ..compiler.ir.association import CPU, Machine, Operand, Plan, Product, Tree, equation, order, plans, together
 from ..compiler.ir.association_choice import SQ, TK, B, Chosen, choose, guard, hints_of, in_words, promised
-from ..compiler.ir.association_trace import E, Piece, bias_view, tensor_view, trace, weight_view
+from ..compiler.ir.association_rest import Rest, rest
+from ..compiler.ir.association_rest import build as rest_of_rows
+from ..compiler.ir.association_trace import E, Piece, bias_view, diagonal_view, tensor_view, trace, weight_view
 from ..compiler.ir.attention import variant_of
 from ..compiler.ir.attention_bias import why_key_bias_counts, why_value_bias_counts
 from ..compiler.ir.graph import insert, is_call, op_name, shape, value
-from ..compiler.ir.layout import arrange, layout, sizes_of_nodes
+from ..compiler.ir.layout import arrange, layout, size_node, sizes_of_nodes
 from ..compiler.ir.rewrite import Kept, Match, NotThePattern, Refusal, Refused
 from ..compiler.ir.unliftable import Unliftable
 from ..compiler.ir.weights import why_trained
@@ -88,7 +90,7 @@ def _at(graph: Graph, node: Node, fold: bool) -> Match | Kept:
         raise NotThePattern
     region.q = trace(q, sc.I)
     region.queries = {p: x for p in region.k if region.free(p) for x in region.q if (x.start, x.stop) == (p.start, p.stop) and x.factor is not None and x.factor.row is not None and x.factor.bias is None
-                      and not x.by_head() and not _outside(region, x)}  # else the product with Wq is computed anyway, for the part with rotary
+                      and not x.by_head() and _rests(region, x) is not None}  # else the product with Wq is computed anyway, for who else reads it
     machine = GPU.get(value(q).dtype, CPU) if value(q).device.type == "cuda" else CPU
     symbols = {s for e in region.sizes.values() for s in e.free_symbols}
     hints = hints_of((q, k, v), graph, symbols)
@@ -108,7 +110,42 @@ def _at(graph: Graph, node: Node, fold: bool) -> Match | Kept:
     _check(graph, region, chosen.plan)
     guard(graph, (q, k, v), chosen, candidates, machine, region.sizes)
     inputs = tuple(dict.fromkeys([p.node for p in (*region.q, *region.k, *region.v) if not p.zero] + list(node.args[3])))
-    return Match(node, inputs, lambda graph: _build(graph, region, chosen.plan), _words(graph, chosen, naive))
+    return _replaced(region, chosen.plan, inputs, _words(graph, chosen, naive))
+
+
+def _replaced(region: _Region, plan: Plan, inputs: tuple[Node, ...], detail: str) -> Match:
+    """The Match of a plan: the attention, and the other rows of a projection of the queries that is not made as a whole any more."""
+    alone = [x for p, tree in zip(region.k, plan.trees) if (x := region.queries.get(p)) is not None and _takes_x(tree)]
+    others = {r.node: r for x in alone for r in _rests(region, x)}
+    roots = [*sorted(others), region.node]
+
+    def build(graph: Graph):
+        made = []
+        for root in roots:
+            with graph.inserting_before(root):
+                made.append(rest_of_rows(graph, others[root]) if root in others else _build(graph, region, plan))
+        return tuple(made) if others else made[0]
+
+    return Match(roots[0], inputs, build, detail, tuple(roots[1:]))
+
+
+def _takes_x(tree: Tree) -> bool:
+    """Does it multiply x by something else than Wq alone?"""
+    return "x" in tree.names() and not any(t.names() == {"x", "Wq"} for t in tree.nodes())
+
+
+def _rests(region: _Region, x: Piece) -> list[Rest] | None:
+    """Who else reads the projection of a piece of the queries, as rows of it that are not this piece's; None where one reads more, or the attention could not be given its parts one by one."""
+    users = list(dict.fromkeys(user for user, _ in _all_outside(region, x)))
+    if not users:
+        return []
+    found = [rest(user, x.factor) if user.op == "call_function" else None for user in users]
+    rows = shape(x.factor.node)[-1]
+    if any(r is None for r in found) or region.heads * x.length + sum(r.heads * r.length for r in found) > rows:
+        return None
+    known = {(y.start, y.stop): y for y in region.q}
+    fits = all(p.zero or region.free(p) or (y := known.get((p.start, p.stop))) is not None and y.factor is None and not y.zero for p in region.k)
+    return found if fits else None
 
 
 def _words(graph: Graph, chosen: Chosen, naive: Plan) -> str:
@@ -231,6 +268,11 @@ def _barrier(region: _Region) -> tuple | None:
 
 def _outside(region: _Region, piece: Piece) -> tuple[Node, Node] | None:
     """(a use of what lies between a piece and the attention that is not this attention, what it uses)"""
+    return next(_all_outside(region, piece), None)
+
+
+def _all_outside(region: _Region, piece: Piece) -> Iterator[tuple[Node, Node]]:
+    """All of them."""
     inside = {region.node, *region.node.args[:3], *(n for p in (*region.q, *region.k, *region.v) for n in p.inside)}
 
     def is_outside(user):
@@ -238,7 +280,7 @@ def _outside(region: _Region, piece: Piece) -> tuple[Node, Node] | None:
             return any(u not in inside for u in user.users)
         return user not in inside and not is_call(user, aten.sym_size.int)
 
-    return next(((user, n) for n in piece.inside for user in n.users if is_outside(user)), None)
+    return ((user, n) for n in piece.inside for user in n.users if is_outside(user))
 
 
 def _check(graph: Graph, region: _Region, plan: Plan) -> None:
@@ -271,11 +313,16 @@ def _build(graph: Graph, region: _Region, plan: Plan) -> Node:
     sources = sizes_of_nodes([q, k, v])
     if any(moves[: len(region.k)]):
         queries, parts = [], []
+        alone = any(_takes_x(tree) for tree in plan.trees[: len(region.k)])
         for p, tree in zip(region.k, plan.trees):
             if p.zero:
                 continue
             parts.append(tensor_view(graph, p, batch, region.heads, keys, sc.J, sources))
-            whole = insert(graph, aten.slice.Tensor, q, 3, p.start, p.stop) if len(region.k) > 1 else q
+            own = next((x for x in region.q if (x.start, x.stop) == (p.start, p.stop)), None)
+            if alone and not region.free(p) and own is not None and own.factor is None and not own.zero:  # q as a whole would need the projection as a whole
+                whole = _own_part(graph, own, region, sources)
+            else:
+                whole = insert(graph, aten.slice.Tensor, q, 3, p.start, p.stop) if len(region.k) > 1 and not _takes_x(tree) else q
             queries.append(_emit(graph, _without(tree, "c"), {"q": whole, frozenset({"x", "Wq"}): whole}, p, region, sources, ("b", "h", "i", "l" if p.factor.row is not None else "d")) if region.free(p) else whole)
         q, k = (x[0] if len(x) == 1 else insert(graph, aten.cat.default, x, -1) for x in (queries, parts))
     if not any(moves[len(region.k):]):
@@ -292,6 +339,15 @@ def _build(graph: Graph, region: _Region, plan: Plan) -> Node:
     return out
 
 
+def _own_part(graph: Graph, piece: Piece, region: _Region, sources) -> Node:
+    """A piece of the queries [B, H, Sq, length] from where it enters them."""
+    sizes = {sc.B: region.sizes[B], sc.H: sympy.Integer(region.heads), sc.I: region.sizes[SQ], E: sympy.Integer(piece.length)}
+    for node, index in piece.places:
+        if (dims := layout(node, index, sizes)) is not None:
+            return arrange(graph, node, dims, [[sc.B], [sc.H], [sc.I], [E]], sizes, sources)
+    raise Unliftable(f"the layout of {piece.node}, shape {[*shape(piece.node)]}, mixes batch, heads and positions")
+
+
 def _without(tree: Tree, name: str) -> Tree:
     """The other side of the contraction that takes ``name``."""
     return tree.right if name in tree.left.names() else tree.left
@@ -304,6 +360,8 @@ def _emit(graph: Graph, tree: Tree, known: dict, piece: Piece, region: _Region, 
             return known[t.names()], ("b", "h", "i", *(("d",) if "P" not in t.names() else ("l",) if piece.factor.row is not None else ("d",)))
         if t.operand is not None:
             return (known[t.operand.name] if t.operand.name in known else _leaf(graph, t.operand, piece, region, sources)), t.indices
+        if (made := _projected(graph, t, piece, region, sources)) is not None:
+            return made
         (left, a), (right, b) = emit(t.left), emit(t.right)
         return insert(graph, aten.einsum.default, equation(dataclasses.replace(t, left=dataclasses.replace(t.left, indices=a), right=dataclasses.replace(t.right, indices=b))), [left, right]), t.indices
 
@@ -312,22 +370,26 @@ def _emit(graph: Graph, tree: Tree, known: dict, piece: Piece, region: _Region, 
     return out if order == list(range(len(order))) else insert(graph, aten.permute.default, out, order)
 
 
+def _projected(graph: Graph, t: Tree, piece: Piece, region: _Region, sources) -> tuple[Node, tuple[str, ...]] | None:
+    """x times a kept product of constants as a linear layer, which norms and epilogues fuse with; None for any other contraction."""
+    sides = sorted((t.left, t.right), key=lambda side: side.names() != {"x"})
+    if sides[0].names() != {"x"} or not sides[1].folded or set(sides[1].indices) != {"h", "m", "l"}:
+        return None
+    matrix = _emit(graph, sides[1], {}, piece, region, sources, ("h", "l", "m"))
+    heads, width, depth = (int(n) for n in shape(matrix))
+    x = _leaf(graph, sides[0].operand, piece, region, sources)
+    y = insert(graph, aten.linear.default, x, insert(graph, aten.reshape.default, matrix, [heads * width, depth]))
+    lead = [size_node(graph, n, sizes_of_nodes([x])) for n in shape(x)[:-1]]
+    return insert(graph, aten.reshape.default, y, [*lead, heads, width]), ("b", "i", "h", "l")
+
+
 def _leaf(graph: Graph, operand: Operand, piece: Piece, region: _Region, sources) -> Node:
     if operand.name == "x":
         x = tensor_view(graph, region.queries[piece], region.sizes[B], region.heads, region.sizes[SQ], sc.I, sources)
         return insert(graph, aten.squeeze.dim, x, 1)
     factor = region.queries[piece].factor if operand.name == "Wq" else piece.factor
     if factor.row is None:
-        return _diagonal(graph, factor, operand, piece, region)
+        return diagonal_view(graph, factor, "h" in operand.indices, region.heads, piece.length)
     length = piece.length
     found = weight_view(graph, factor, region.heads if "h" in operand.indices else 1, length)
     return found if "h" in operand.indices else insert(graph, aten.squeeze.dim, found, 0)
-
-
-def _diagonal(graph: Graph, factor, operand: Operand, piece: Piece, region: _Region) -> Node:
-    """A constant of heads and head dim as [h, d], or [d]."""
-    sizes = {sc.B: sympy.Integer(1), sc.H: sympy.Integer(region.heads), sc.J: sympy.Integer(1), E: sympy.Integer(piece.length)}
-    dims = layout(factor.weight, factor.index, sizes)
-    if dims is None or any(a in (sc.B, sc.J) for dim in dims for a in dim):
-        raise Unliftable("a constant factor of the keys that is not one of heads and head dim")
-    return arrange(graph, factor.weight, dims, [[sc.H], [E]] if "h" in operand.indices else [[E]], sizes, [])

@@ -7,8 +7,8 @@ a sum, a cat or a reshape; lift its value at (..., d) down to products of two el
     interleaved    y[2t] = x[2t] cos - x[2t + 1] sin        y[2t + 1] = x[2t + 1] cos + x[2t] sin
     regrouped      y[t] = x[2t] cos - x[2t + 1] sin         y[t + w/2] = x[2t + 1] cos + x[2t] sin             y[d] = x[d] from w on
 
-so rotate_half, chunks, slices of step two, stacks, unbinds and partial rotary need no spelling of their own; the product of complex
-numbers, which has no real expression to lift, is read as it stands. Angles and scalings (NTK, YaRN) are in the tables (Su et al., 2104.09864).
+so rotate_half, chunks, slices of step two, stacks, unbinds and partial rotary need no spelling of their own; complex_product has
+written products of complex numbers in real ones. Angles and scalings (NTK, YaRN) are in the tables (Su et al., 2104.09864).
 
 Cost for N elements: 3 N FLOPs before and after; eager reads 7 N and writes 5 N (negate, cat, two products, sum), the op reads N and writes N
 besides the tables. Rounding: eager rounds each product to x's dtype, the op once.
@@ -51,7 +51,7 @@ def find(graph: Graph) -> Iterator[Match | Refusal]:
         if node in taken or not is_call(node, aten.add.Tensor, aten.sub.Tensor, aten.cat.default, aten.reshape.default, aten.to.dtype) or not is_tensor(node) or not value(node).dtype.is_floating_point:
             continue
         try:
-            found = _complex(node) or _real(node)
+            found = _real(node)
         except (NotThePattern, Unliftable):
             continue
         except Refused as refused:
@@ -64,11 +64,11 @@ def find(graph: Graph) -> Iterator[Match | Refusal]:
 
 @dataclasses.dataclass
 class Rotary:
-    """x rotated by cos and sin; split: cos is a complex tensor that holds both. nodes: what it replaces."""
+    """x rotated by cos and sin. nodes: what it replaces."""
 
     x: Node
     cos: Node
-    sin: Node | None
+    sin: Node
     width: int
     pairs: str
     nodes: set[Node]
@@ -76,17 +76,14 @@ class Rotary:
     def match(self, root: Node) -> Match:
         def build(graph: Graph) -> Node:
             x, cos, sin, dtype = self.x, self.cos, self.sin, value(root).dtype
-            if sin is None:
-                both = insert(graph, aten.view_as_real.default, cos)
-                cos, sin = (insert(graph, aten.select.int, both, -1, k) for k in (0, 1))
             wide = torch.promote_types(value(x).dtype, dtype)
             x = x if value(x).dtype == wide else insert(graph, aten.to.dtype, x, wide)
             y = insert(graph, torch.ops.tileweld.rotary.default, x, cos, sin, self.width, self.pairs)
             return y if value(y).dtype == dtype else insert(graph, aten.to.dtype, y, dtype)
 
         total = int(shape(root)[-1])
-        detail = f"{self.pairs}, {f'{self.width} of {total}' if self.width < total else total}" + (", complex" if self.sin is None else "")
-        return Match(root, tuple(dict.fromkeys(n for n in (self.x, self.cos, self.sin) if n is not None)), build, detail)
+        detail = f"{self.pairs}, {f'{self.width} of {total}' if self.width < total else total}"
+        return Match(root, tuple(dict.fromkeys((self.x, self.cos, self.sin))), build, detail)
 
 
 # ---------------------------------------------------------------- the real form
@@ -286,29 +283,3 @@ class _Elements(Lift):
 
 def _plus(signs) -> str:
     return "".join("+" if s > 0 else "-" for s in signs)
-
-
-# ---------------------------------------------------------------- the complex form
-
-
-def _complex(root: Node) -> Rotary | None:
-    """view_as_real(view_as_complex(x as pairs) * freqs) flattened: interleaved, cos and sin the parts of freqs."""
-    node = root.args[0] if is_cast(root) else root
-    if not is_call(node, aten.reshape.default) or not is_call(node.args[0], aten.view_as_real.default) or not is_call(node.args[0].args[0], aten.mul.Tensor):
-        return None
-    real = node.args[0]
-    product = real.args[0]
-    for rotated, table in (product.args, product.args[::-1]):
-        if not (is_call(rotated, aten.view_as_complex.default) and is_tensor(table) and value(table).dtype.is_complex) or is_call(table, aten.view_as_complex.default):
-            continue
-        pairs = rotated.args[0]
-        x = pairs.args[0] if is_call(pairs, aten.reshape.default) else None
-        if x is None or shape(x) != shape(root) or shape(pairs)[:-2] != shape(x)[:-1] or not shape(x)[-1].is_Integer or shape(product) != shape(rotated):
-            return None
-        while is_cast(x) and torch.promote_types(value(x.args[0]).dtype, value(x).dtype) == value(x).dtype:
-            x = x.args[0]
-        nodes = {root, node, real, product}
-        if any(user not in nodes for n in nodes - {root} for user in n.users):
-            return None
-        return Rotary(x, table, None, int(shape(x)[-1]), "interleaved", nodes)
-    return None

@@ -197,6 +197,15 @@ def bias_view(graph: Graph, factor: Factor, heads: int, length: int) -> Node:
     return _rows(graph, factor.bias, *_coefficients(factor.row), heads, length)
 
 
+def diagonal_view(graph: Graph, factor: Factor, by_head: bool, heads: int, length: int) -> Node:
+    """A diagonal constant of heads and head dim as [heads, length], or [length]. Raises Unliftable where it is none."""
+    sizes = {sc.B: Integer(1), sc.H: Integer(heads), sc.J: Integer(1), E: Integer(length)}
+    dims = layout(factor.weight, factor.index, sizes)
+    if dims is None or any(a in (sc.B, sc.J) for dim in dims for a in dim):
+        raise Unliftable("a constant factor of the keys that is not one of heads and head dim")
+    return arrange(graph, factor.weight, dims, [[sc.H], [E]] if by_head else [[E]], sizes, [])
+
+
 def _rows(graph, x, per_head, per_place, first, heads, length) -> Node:
     rows, rest = int(shape(x)[0]), [int(n) for n in shape(x)[1:]]
     if heads == 1 or per_head == 0:

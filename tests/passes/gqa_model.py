@@ -17,7 +17,7 @@ Model, scramble, tokens = _shared.Model, _shared.scramble, _shared.tokens
 
 
 class Attention(_shared.Attention):
-    """With rotary in real numbers, as most models write it: complex ones stay outside the projection."""
+    """With rotary in real numbers; tests/passes/test_complex_product.py has it in complex ones."""
 
     def tables(self, x):
         d, t = x.shape[-1], x.shape[-2]

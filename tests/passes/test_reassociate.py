@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import tileweld
 from tileweld import models, passes
@@ -58,24 +59,51 @@ def test_errors_in_float32_are_at_most_twice_those_of_the_naive_form(new, rewrit
 
 
 def test_two_products_of_the_queries_become_one_matrix_where_that_is_smaller(rewriting):
-    """nope 15 > 12 * 16 / 28: W_UQ W_UK is folded, if the part with rotary has a matrix of its own; with fold_weights off it would be multiplied at every call."""
-    block, args = Block(q_rank=12, separate=True).double(), inputs(1, 60)
-    assert "(x [Wq Wk]) c" in made(check(rewriting, block, args))[0]
-    assert "(q Wk) c" in made(check(rewriting, Block(q_rank=12).double(), args))[0]
-    assert "[Wq Wk]" not in made(check(rewriting, block, args, fold_weights=False))[0]
+    """nope 15 > 12 * 16 / 28: W_UQ W_UK is folded; with fold_weights off it would be multiplied at every call."""
+    for block in (Block(q_rank=12, separate=True).double(), Block(q_rank=12).double(), Block(q_rank=12, layout="neighbours", split=True).double(), Block().double()):
+        args = inputs(1, 60)
+        report = check(rewriting, block, args)
+        assert "(x [Wq Wk]) c" in made(report)[0]
+        assert "[Wq Wk]" not in made(check(rewriting, block, args, fold_weights=False))[0]
+
+
+@pytest.mark.parametrize("new", [1, 5])
+def test_the_part_with_rotary_gets_its_rows_of_the_projection(new, rewriting):
+    """One projection of both parts, as DeepSeek has it: nothing multiplies by the whole of it any more, and 4 heads of 4 rows are gathered."""
+    report = check(rewriting, Block(q_rank=12).double(), inputs(new, 60))
+    widths = sorted(w.meta["val"].shape[0] for n in report.graphs[0].graph.nodes if str(n.target) == "tileweld.linear.default" for w in n.args[1])
+    assert 4 * 19 not in widths and 4 * 4 in widths and 4 * 16 in widths, widths  # q_pe, x [Wq Wk]
+
+
+def test_whoever_reads_the_whole_projection_keeps_it(rewriting):
+    """A norm over nope and rope together: the product is computed anyway."""
+    class Normed(Block):
+        def forward(self, x, latents, keys):
+            return super().forward(x, latents, keys) + self.q(F.rms_norm(self.q_a(x), (12,))).square().mean()
+
+    assert "[Wq Wk]" not in made(check(rewriting, Normed(q_rank=12).double(), inputs(1, 60)))[0]
+
+
+def test_for_the_sizes_of_deepseek_v3_it_is_never_made(rewriting):
+    """128 < 1536 * 512 / 2048 = 384, with 8 of its 128 heads: neither for one token nor for many."""
+    block = Block(hidden=24, heads=8, latent=512, nope=128, rope=64, v=128, q_rank=1536)
+    for new, cached in ((1, 40), (100, 900)):
+        args = inputs(new, cached, batch=1, latent=512, rope=64, dtype=torch.float32)
+        _, report = rewriting.rewritten(block, *args)
+        assert "(x Wq) Wk) c" in made(report)[0] and "[Wq Wk]" not in made(report)[0].split(":")[0]
 
 
 def test_a_prefill_without_a_prefix_stays_as_it_is(rewriting):
-    got, report = rewriting.rewritten(Block().double(), *inputs(40, 0))
+    got, report = rewriting.rewritten(Block(hidden=96, latent=24, nope=8, v=8).double(), *inputs(40, 0, hidden=96, latent=24))
     assert not made(report) and not [r for r in report.refusals if r.rewrite == "reassociate"]
     (kept,) = [f.detail for f in report.kept if f.rewrite == "reassociate"]
-    assert kept.startswith("q (Wk c); q k; P (c Wv): ") and "FLOPs" in kept
+    assert kept.startswith("(x Wq) (Wk c); q k; P (c Wv): ") and "FLOPs" in kept
 
 
 def test_the_report_prints_the_polynomials_the_choice_and_the_crossover(rewriting):
     _, report = rewriting.rewritten(Block().double(), *inputs(1, 60))
     (text,) = made(report)
-    assert text.startswith("(q Wk) c; q k; (P c) Wv: 288*B*Sq*Tk + 3840*B*Sq FLOPs") and "as written (q (Wk c); q k; P (c Wv))" in text and "fewer FLOPs for Sq < 240*Tk/(Tk + 240), 240.0 for many keys" in text
+    assert text.startswith("(x [Wq Wk]) c; q k; (P c) Wv: 288*B*Sq*Tk + 4992*B*Sq FLOPs") and "as written ((x Wq) (Wk c); q k; P (c Wv))" in text and "fewer FLOPs for Sq < 240*Tk/(Tk + 132), 240.0 for many keys" in text
 
 
 # ---------------------------------------------------------------- refused
@@ -123,6 +151,7 @@ def test_a_symbolic_number_of_tokens_compiles_each_side_once():
 
     torch._dynamo.reset()
     block, cached = Block(latent=16, nope=8, v=8, hidden=24).double(), 100  # Sq* = 16 * 8 / 8 = 16 for many keys
+    block.q.bias = torch.nn.Parameter(torch.randn(4 * 12, dtype=torch.float64))  # else there are four orders for four ranges: x [Wq Wk] moves fewer bytes at some of these small sizes
 
     def step(x, latents, keys):
         return block(x, latents, keys)
