@@ -127,8 +127,9 @@ def hooked() -> Iterator[Callable]:
             handle.remove()
 
 
-def probe_calls(model: nn.Module, sites: list[Site], inputs: Inputs) -> dict[str, Call]:
-    """site's name -> what it is called with, in order of execution. Refuses a module or projection that does not run exactly once a forward."""
+def probe_calls(model: nn.Module, sites: list[Site], inputs: Inputs, cross: dict[str, str] | None = None) -> dict[str, Call]:
+    """site's name -> what it is called with, in order of execution. Refuses a module or projection that does not run exactly once a forward. Cross attention
+    is refused too, or, where `cross` is given, left out and named there."""
     calls: dict[str, Call] = {}
     counts: Counter = Counter()
     seen: dict[str, Tensor] = {}
@@ -152,7 +153,10 @@ def probe_calls(model: nn.Module, sites: list[Site], inputs: Inputs) -> dict[str
             if counts[name] != 1:
                 raise ConversionError(f"it runs {counts[name]} times in one forward, expected once" + (": its calls have different roles" if counts[name] > 1 else ""), where=name)
         if len({id(seen[f"{site.name}.{r.child}"]) for r in (site.q, site.k, site.v)}) > 1 and not _equal(*(seen[f"{site.name}.{r.child}"] for r in (site.q, site.k, site.v))):
-            raise ConversionError("queries, keys and values are made from different inputs: cross attention", where=site.name, cure="only self attention is converted")
+            if cross is None:
+                raise ConversionError("queries, keys and values are made from different inputs: cross attention", where=site.name, cure="only self attention is converted")
+            cross[f"{site.name}.{site.output}"] = "cross attention: queries, keys and values are made from different inputs"
+            del calls[site.name]
     return {name: replace(call, x=seen[f"{name}.{next(s for s in sites if s.name == name).k.child}"]) for name, call in calls.items()}
 
 

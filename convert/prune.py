@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..compiler.errors import ConversionError
 from ..compiler.ir.head_merge import Heads
+from .calibrate import batches
 from .channels import Mlp, dead_channels, find_mlps, keep_channels, restate_width, watched
 from .flow import Flow, trace
 from .linears import check_unshared, refuse_int8
@@ -31,7 +33,7 @@ class _Kept:
     heads: list[list[int]]
 
 
-def prune(model: nn.Module, structured: bool = False) -> PruneReport:
+def prune(model: nn.Module, structured: bool = False, inputs: Tensor | Mapping[str, Tensor] | None = None) -> PruneReport:
     """Take out attention heads with W_O,h W_V,h = 0 and MLP channels that are zero or that nobody reads, in place. **Exact**; all or nothing.
 
     A KV head goes with the last of its query heads. A layer's code gives every KV head as many query heads (n_rep), so the fullest one decides and
@@ -41,8 +43,9 @@ def prune(model: nn.Module, structured: bool = False) -> PruneReport:
                 False and the model lives in memory alone.
                 True: all layers keep equal numbers (KV heads, n_rep, channels), those of the fullest; the config says so, and the checkpoint reloads
                 wherever its config states the head dim apart from the number of heads (Llama's and most since; not BERT's, GPT-2's, OPT's or MPT's, whose MLPs alone reload: report.why_not).
+    inputs:     what the model is tried on, as in to_gqa's calibration: tokens, another tensor that it takes, or its keyword arguments. None: random tokens. Its numbers decide nothing.
     Heads and channels are found by what the model does when it runs (flow.py), in whatever modules, as nn.Linear or GPT-2's Conv1D, queries, keys and values in one layer or three. Linear layers whose channels
-    are read all at once (by a norm, say), and latent attention, stay: report.left_out.
+    are read all at once (by a norm, say), latent attention and cross attention stay: report.left_out.
     W_O,h W_V,h counts as zero where it is below what rounding the weights makes of zero. A bias of the values counts as a column of W_V.
 
     Optimizers hold the old parameters: make them after pruning. Raises ConversionError, naming the layer where it is one's, and leaves the model as it was, if
@@ -53,15 +56,16 @@ def prune(model: nn.Module, structured: bool = False) -> PruneReport:
     before = sum(p.numel() for p in model.parameters())
     with evaluating(model), torch.no_grad():
         flow: list[Flow] = []  # seen once what is known by its names is known to be sound
-        trial = random_inputs(model)
+        trial = random_inputs(model) if inputs is None else batches(model, inputs)[0]
         sites = find_sites(model, turned=False, watch=lambda: flow.append(trace(model, trial)) or flow[0])
         mlps = find_mlps(model, flow[0])
         if not sites and not mlps:
             raise ConversionError(f"{type(model).__name__} has no attention and no MLP whose heads and channels could be told apart"
                                   + "".join(f"; {name}: {why}" for name, why in [*flow[0].left_out.items()][:3]), cure="convert/flow.py says how they are found: between linear layers, channel by channel")
         check_unshared(model, [(mlp.name, mlp.module, mlp.children) for mlp in mlps])
-        calls = probe_calls(model, sites, trial)
-        sites = [settled(site, calls[site.name]) for site in sites]
+        cross: dict[str, str] = {}
+        calls = probe_calls(model, sites, trial, cross)
+        sites = [settled(site, calls[site.name]) for site in sites if site.name in calls]
         silent = watched(model, mlps, trial)
         channels = [(mlp, ~dead_channels(mlp, silent.get(mlp.key))) for mlp in mlps]
         kept = _equal_heads(sites, [_live(site) for site in sites], structured)
@@ -72,8 +76,13 @@ def prune(model: nn.Module, structured: bool = False) -> PruneReport:
         _swap(model, kept, [(mlp, _filled(live, n)) for (mlp, live), n in zip(channels, widths)], trial)
     layers = [PrunedLayer(x.site.name, "heads", x.site.heads, len(sum(x.heads, [])), x.site.kv_heads, len(x.groups)) for x in kept]
     layers += [PrunedLayer(mlp.name or mlp.key, "channels", mlp.width, n) for mlp, n in zip(mlps, widths)]
-    return PruneReport(layers, before, sum(p.numel() for p in model.parameters()), structured, *_reloads(model), flow[0].left_out | {a.output: "an attention whose queries, keys and values are not one linear layer each, or one for all (latent or shared KV)" for a in flow[0].attentions
-                                                                                                                                   if a.output not in {f"{s.name}.{s.output}".lstrip(".") for s in sites}})
+    return PruneReport(layers, before, sum(p.numel() for p in model.parameters()), structured, *_reloads(model), flow[0].left_out | cross | _latent(flow[0], sites, cross))
+
+
+def _latent(flow: Flow, sites: list[Site], known) -> dict[str, str]:
+    """The attentions that were seen and are no sites."""
+    names = {f"{s.name}.{s.output}".lstrip(".") for s in sites} | {*known}
+    return {a.output: "an attention whose queries, keys and values are not one linear layer each, or one for all (latent or shared KV)" for a in flow.attentions if a.output not in names}
 
 
 # ---------------------------------------------------------------- what does nothing

@@ -6,7 +6,7 @@ from tileweld import convert
 from tileweld.compiler.errors import ConversionError
 from tileweld.convert.flow import trace
 from tileweld.convert.linears import is_conv1d
-from tileweld.convert.observe import random_inputs
+from tileweld.convert.observe import Inputs, random_inputs
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -198,3 +198,37 @@ def test_a_gate_without_rows_is_asked_with_other_values_than_the_models_own():
     assert convert.prune(model).layers[0].after == 8
     model.two.weight.data[2] = model.two.bias.data[2] = 0
     assert convert.prune(model).layers[0].after == 7
+
+
+def test_a_model_with_cross_attention_and_inputs_of_its_own():
+    """T5: keys of the second attention come from the encoder; its heads stay, its channels go."""
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(num_layers=1, d_model=16, num_heads=4, d_kv=4, d_ff=24, vocab_size=61)).eval().double()
+    given = {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]}
+    for block in (model.encoder.block[0], model.decoder.block[0]):
+        block.layer[-1].DenseReluDense.wo.weight.data[:, [1, 4]] = 0
+    with pytest.raises(ConversionError, match="does not run"):
+        convert.prune(model)
+    with torch.no_grad():
+        expected = model(**given).logits
+        report = convert.prune(model, structured=True, inputs=given)
+        torch.testing.assert_close(model(**given).logits, expected)
+    assert [(x.what, x.after) for x in report.layers] == [("heads", 4), ("heads", 4), ("channels", 22), ("channels", 22)] and report.reloads and model.config.d_ff == 22
+    assert report.left_out == {"decoder.block.0.layer.1.EncDecAttention.o": "cross attention: queries, keys and values are made from different inputs"}
+
+
+def test_a_model_of_images():
+    torch.manual_seed(0)
+    model = transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=4, intermediate_size=24, image_size=8, patch_size=4)).eval().double()
+    pixels = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    weight(model, seen_on(model, pixels).attentions[0].output)[:, 4:8] = 0
+    with torch.no_grad():
+        expected = model(pixels).last_hidden_state
+        report = convert.prune(model, inputs=pixels)
+        torch.testing.assert_close(model(pixels).last_hidden_state, expected)
+    assert [(x.what, x.after) for x in report.layers] == [("heads", 3), ("channels", 24)]
+
+
+def seen_on(model, pixels):
+    with torch.no_grad():
+        return trace(model, Inputs((pixels,)))
