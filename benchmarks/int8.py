@@ -186,13 +186,15 @@ def case_decode() -> dict:
     with torch.no_grad():
         model(torch.randint(0, DECODE["vocab"], (1, 700)), cache, torch.arange(700))
     token, position = torch.tensor([[5]]), torch.tensor([700])
+    halves = [tuple(x.half() for x in layer) for layer in cache]  # llama.cpp's default for keys and values
     forwards = {"eager": model, "inductor": torch.compile(model, backend="inductor"), "tileweld": tileweld(model), "tileweld weight_only": tileweld(model, "weight_only"), "tileweld dynamic": tileweld(model, "dynamic"),
                 "torchao weight-only": torchao(model, "Int8WeightOnlyConfig"), "torchao dynamic": torchao(model, "Int8DynamicActivationInt8WeightConfig")}
     calls = {name: (lambda forward=forward: forward(token, cache, position)) for name, forward in forwards.items() if forward is not None}
+    calls["tileweld weight_only, float16 KV"] = lambda: forwards["tileweld weight_only"](token, halves, position)
     weights = [torch.randint(-127, 127, p.shape, dtype=torch.int8) for p in model.parameters() if p.dim() == 2 and p is not model.embed_tokens.weight]
     bytes_read = sum(w.numel() for w in weights)
     words = [w.view(torch.int64) for w in weights]
-    calls |= {"llama.cpp Q8_0": llama_cpp(DECODE, 700), "read every int8 weight": lambda: [w.amax() for w in words] and None, "read as many bytes of float32": lambda: [w.view(torch.float32).sum() for w in weights] and None}
+    calls |= {"llama.cpp Q8_0, float16 KV": llama_cpp(DECODE, 700), "read every int8 weight": lambda: [w.amax() for w in words] and None, "read as many bytes of float32": lambda: [w.view(torch.float32).sum() for w in weights] and None}
     result = contest("decode in int8: 1024 wide, 6 layers, 16/4 heads, cache 1024", calls, "tileweld weight_only", ("eager", "inductor"), 31)
     by = {row["contender"]: row["median_ms"] for row in result["rows"]}
     floor = min(by.pop("read every int8 weight"), by.pop("read as many bytes of float32"))

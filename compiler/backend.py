@@ -10,6 +10,7 @@ from . import executable_cache, log
 from .capture import when_compiled
 from .degrade import watch
 from .ir.heap import give_back
+from .ir.huge_pages import collapse
 from .labels import label_inputs
 from .report import AotGraph, Report
 
@@ -26,6 +27,8 @@ def tileweld(gm: GraphModule, example_inputs, *, options=None, mode=None, report
     report: filled with what happened; build False: stop before kernels, the fused ops run on their definition.
     """
     when_compiled(give_back)
+    if build:
+        collapse(example_inputs)
     keep, report = report is not None, report if report is not None else Report(detailed=False)  # keep: somebody will look, hold the graphs behind AOT too
     key = executable_cache.key(gm, example_inputs, options, mode, report) if build else None
     if key is not None and (found := executable_cache.find(key, report)) is not None:

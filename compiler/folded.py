@@ -29,6 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..codegen.liveness import Liveness, is_view
 from . import log
 from .ir.graph import computed_from, value
+from .ir.huge_pages import settled
 from .ir.weights import is_getitem, is_pure
 from .watched import Seen
 
@@ -90,6 +91,7 @@ class _Kept:
                 return compute(*sources)
             seen = Seen(sources)  # before it is computed: a write meanwhile is seen at the next call
             made = compute(*sources)
+            made = [settled(x) for x in made] if isinstance(made, list) else settled(made)
             self._set((seen, made))
             self.times += 1
             return made

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compiler.errors import ConversionError
+from ..compiler.ir.huge_pages import settled
 from ..compiler.ir.int8_linear import ACTIVATIONS
 from .int8_modules import Int8Embedding, Int8Linear
 from .quantize import _matrix, _put
@@ -123,7 +124,7 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             problem = _problem(header)
             if problem:
                 raise _foreign(path, problem)
-            return header, {name: file.get_tensor(name) for name in file.keys()}
+            return header, {name: settled(file.get_tensor(name)) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, ConversionError):
             raise

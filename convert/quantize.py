@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..compiler.errors import ConversionError
 from ..compiler.ir.heap import give_back
+from ..compiler.ir.huge_pages import empty
 from ..compiler.ir.int8_linear import dequantized, quantized
 from ..compiler.ir.int8_scheme import Int8
 from .calibrate import input_maxima
@@ -200,7 +201,7 @@ def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def _quantise(weight: Tensor, group: int) -> tuple[Tensor, Tensor, float]:
     """(q, scale, relative error), by blocks of rows."""
     n, k = weight.shape
-    q = torch.empty((n, k), dtype=torch.int8, device=weight.device)
+    q = empty((n, k), torch.int8, weight.device)
     scale = torch.empty((n, k // group if group else 1), device=weight.device)
     lost = total = 0.0
     for first in range(0, n, max(1, AT_ONCE // max(k, 1))):

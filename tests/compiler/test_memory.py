@@ -50,7 +50,7 @@ print("figures", built, now("VmRSS") - before, now("VmHWM") - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status, which Linux has")
 def test_quantising_gives_the_weights_back_and_has_no_copy_of_one():
-    """96 MiB of float32 in layers of 16: 24 MiB of int8 rows, and on the way one layer's rows and a block of AT_ONCE elements (20 MiB) more than the floats."""
+    """96 MiB of float32 in layers of 16: 24 MiB of int8 rows, and on the way one layer's rows and a block of AT_ONCE elements (20 MiB) more than the floats; pages of 2 MiB."""
     out = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout
     built, after, peak = map(float, out.split("figures")[1].split())
-    assert built > 90 and after < 0.35 * built and peak < built + 32
+    assert built > 90 and after < 0.35 * built and peak < built + 36
