@@ -1,7 +1,10 @@
 """The backend of ``torch.compile(model, backend="tileweld")``: capture, passes, AOT, lowering, joined here and nowhere else."""
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule
@@ -37,9 +40,23 @@ def tileweld(gm: GraphModule, example_inputs, *, options=None, mode=None, report
     return _compile(gm, example_inputs, options, mode, report, build, keep, key)
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Inside, Python's cyclic collector rests: graphs and formulas are many objects and next to no garbage, and walking a process's heap over and over took a third of the passes' time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@_no_collection()
 def _compile(gm: GraphModule, example_inputs, options, mode, report: Report, build: bool, keep: bool, key: str | None):
     """A graph that no process has compiled yet. Its imports are here: they take half a second, and a process that finds all its executables needs none of them."""
     from .. import passes
+    from .ahead import kernels_ahead
     from .aot import compile_graph, guard_count
     from .lower import lower
     from .options import Options
@@ -60,7 +77,8 @@ def _compile(gm: GraphModule, example_inputs, options, mode, report: Report, bui
             executables.append(lower(graph, checked, report, number, cuda_graphs=mode in GRAPH_MODES and not is_backward) if build else graph.forward)
             return executables[-1]
 
-        compiled = compile_graph(rewritten, example_inputs, finish)
+        with kernels_ahead(rewritten, checked) if build else contextlib.nullcontext():
+            compiled = compile_graph(rewritten, example_inputs, finish)
         if key is not None:
             refused = _not_kept(executables, len(example_inputs), guards, degraded=len(report.warnings) > warnings)
             executable_cache.keep(key, executables, report, before, refused)

@@ -27,6 +27,7 @@ ROUNDS = 5
 SECONDS = 0.1  # for one kernel; a large product gets fewer rounds, but not below three
 STEADY = 1.3  # median over best
 MARGIN = 1.1
+CLEAR = 1.1  # this far from where the decision turns, two steady rounds are enough
 
 _known: dict[str, tuple[float, float]] = {}
 _UNSTEADY = (0.0, 0.0)
@@ -118,8 +119,14 @@ def _measured(choice, launch, x, weights, captures) -> tuple[float, float]:
                 start = time.perf_counter()
                 call()
                 own.append(time.perf_counter() - start)
-            if done >= 3 and time.perf_counter() - started > SECONDS:
+            if (done >= 3 and time.perf_counter() - started > SECONDS) or (done >= 2 and _is_steady(times) and _is_clear(min(times[0]), (1.0 if choice.op == "int8_linear" else MARGIN) * min(times[1]))):
                 break
-    if any(statistics.median(own) > STEADY * min(own) for own in times):
-        return _UNSTEADY
-    return min(times[0]), min(times[1])
+    return (min(times[0]), min(times[1])) if _is_steady(times) else _UNSTEADY
+
+
+def _is_steady(times) -> bool:
+    return all(statistics.median(own) <= STEADY * min(own) for own in times)
+
+
+def _is_clear(x: float, y: float) -> bool:
+    return max(x, y) > CLEAR * min(x, y)

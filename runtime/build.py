@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import contextvars
 import ctypes
 import functools
 import os
@@ -17,7 +18,7 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,10 +81,12 @@ def build(units: Sequence[CppUnit]) -> list[Path]:
     distinct = list(dict.fromkeys(units))
     if not distinct:
         return []
-    running = _Running()
+    running, begun = _Running(), _ahead.get()
+    futures = begun.taken(distinct) if begun is not None else {}
     workers = min(len(distinct), len(os.sched_getaffinity(0)))
     with concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="tileweld-build") as pool:
-        futures = {unit: pool.submit(_build_one, unit, compiler, running) for unit in distinct}
+        # The longest source first: one that takes twice the others' time would else be waited for alone.
+        futures |= {unit: pool.submit(_build_one, unit, compiler, running) for unit in sorted(distinct, key=lambda u: -len(u.source)) if unit not in futures}
         try:
             for future in futures.values():
                 future.result()
@@ -93,6 +96,44 @@ def build(units: Sequence[CppUnit]) -> list[Path]:
             running.stop()
             raise
     return [futures[unit].result() for unit in units]
+
+
+@contextlib.contextmanager
+def building_ahead(units: Iterable[CppUnit]) -> Iterator[None]:
+    """Inside, units that will probably be asked for are compiled by the cores that Python leaves idle.
+
+    The first build inside takes what is done or under way; nothing else is begun after that, and what nobody took is stopped at the end.
+    An error is told to the build that asks for its unit, and else to nobody.
+    """
+    workers = min(len(units := list(dict.fromkeys(units))), len(os.sched_getaffinity(0)) - 1)
+    if workers < 1:
+        yield
+        return
+    ahead = _Ahead(units, find_compiler(), workers)
+    token = _ahead.set(ahead)
+    try:
+        yield
+    finally:
+        _ahead.reset(token)
+        ahead.end()
+
+
+class _Ahead:
+    def __init__(self, units: list[CppUnit], compiler: Compiler, workers: int):
+        self._running = _Running()
+        self._pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="tileweld-ahead")
+        self._futures = {unit: self._pool.submit(_build_one, unit, compiler, self._running) for unit in sorted(units, key=lambda u: -len(u.source))}
+
+    def taken(self, units: list[CppUnit]) -> dict[CppUnit, concurrent.futures.Future]:
+        self._futures = {unit: future for unit, future in self._futures.items() if not future.cancel()}
+        return {unit: self._futures[unit] for unit in units if unit in self._futures}
+
+    def end(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._running.stop()
+
+
+_ahead: contextvars.ContextVar[_Ahead | None] = contextvars.ContextVar("tileweld_ahead", default=None)
 
 
 @dataclass(frozen=True)
@@ -132,9 +173,16 @@ def _find_compiler(chosen: str, path: str) -> Compiler:
                            cure='install g++, set CXX, or pass options={"target": "reference"}')
 
 
+@functools.lru_cache(maxsize=8)
+def _linker(command: tuple[str, ...], path: str) -> tuple[str, ...]:
+    """gold where it is installed: GNU ld takes 55 ms for a kernel, most of them for libstdc++'s symbols, gold 20."""
+    chosen = any(word.startswith(("-fuse-ld", "-B", "--ld-path")) for word in command)
+    return ("-fuse-ld=gold",) if not chosen and shutil.which("ld.gold", path=path) else ()
+
+
 def _build_one(unit: CppUnit, compiler: Compiler, running: _Running) -> Path:
     compile_flags = [*COMPILE_FLAGS, *unit.extra_flags]
-    link_flags = [*LINK_FLAGS, *_libraries(unit, compiler)]
+    link_flags = [*LINK_FLAGS, *_linker(compiler.command, os.environ.get("PATH", os.defpath)), *_libraries(unit, compiler)]
     if unit.link_torch:
         compile_flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
     key = cache.entry_key("cpp", unit.source, name=unit.name, compiler=compiler.command, version=compiler.version,

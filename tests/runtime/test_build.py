@@ -57,6 +57,57 @@ def test_units_come_back_in_order_and_the_second_time_from_the_cache(commands):
     assert compile_cpp([]) == []
 
 
+def test_units_that_are_built_ahead_are_taken_and_the_rest_is_left(commands, monkeypatch):
+    """With two cores one unit at a time is built ahead; the first build takes it, and those that nobody asked for are not begun."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    longest, wanted, spare = CppUnit("longest", ANSWER.format(1) + " " * 9), CppUnit("wanted", ANSWER.format(2)), CppUnit("spare", ANSWER.format(3))
+    with build.building_ahead([spare, wanted, longest, longest]):
+        while not commands:
+            time.sleep(0.01)
+        assert [library.answer() for library in compile_cpp([wanted, longest])] == [2, 1]
+        assert [library.answer() for library in compile_cpp([longest])] == [1]
+    assert len(commands) == 2 * 2 and not any("spare" in word for command in commands for word in command)
+    assert build._ahead.get() is None
+
+
+def test_an_error_of_a_unit_that_was_built_ahead_is_told_to_who_asks_for_it(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    broken, right = CppUnit("broken", "int f() { return undeclared_thing; }"), CppUnit("right", ANSWER.format(5))
+    with build.building_ahead([broken]):
+        assert compile_cpp([right])[0].answer() == 5
+        with pytest.raises(BuildError, match="undeclared_thing|does not compile"):
+            compile_cpp([broken])
+
+
+def test_what_nobody_took_is_stopped_at_the_end(commands, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    slow = CppUnit("slow", "template <int n> struct S { enum { v = S<n - 1>::v + S<n - 2>::v % 7 }; }; template <> struct S<0> { enum { v = 1 }; }; template <> struct S<1> { enum { v = 1 }; };\n"
+                   + "\n".join(f"int f{n}(int x) {{ int s = 0; for (int k = 0; k < x; ++k) s += k * S<{n % 800}>::v; return s; }}" for n in range(20000)))
+    with build.building_ahead([slow]):
+        while not commands:
+            time.sleep(0.01)
+    start = time.monotonic()
+    while any(thread.name.startswith("tileweld-ahead") for thread in threading.enumerate()):
+        assert time.monotonic() - start < 20
+        time.sleep(0.01)
+    assert len(commands) == 1  # it was never linked
+
+
+def test_one_core_builds_nothing_ahead(commands, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    with build.building_ahead([CppUnit("answer", ANSWER.format(1))]):
+        time.sleep(0.1)
+    assert not commands
+
+
+def test_gold_links_where_it_is_installed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build._linker(("g++",), str(tmp_path)) == ()
+    (tmp_path / "ld.gold").touch(mode=0o755)
+    assert build._linker(("c++",), str(tmp_path)) == ("-fuse-ld=gold",)
+    assert build._linker(("g++", "-fuse-ld=lld"), str(tmp_path)) == ()
+
+
 def test_the_key_follows_source_name_and_flags():
     units = [
         CppUnit("answer", ANSWER.format(1)),
