@@ -81,8 +81,15 @@ def var(x: Tensor, dim=None, *, correction=None, keepdim: bool = False) -> Tenso
     return var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
 
 
+def elu_backward(grad: Tensor, alpha: float, scale: float, input_scale: float, is_result: bool, x: Tensor) -> Tensor:
+    """torch's own says strides that its kernel does not make; x is elu's argument, or with is_result its result."""
+    wide, g = _wide(x), _wide(grad)
+    below = wide + alpha * scale if is_result else torch.exp(wide * input_scale) * (alpha * scale)
+    return torch.where(wide <= 0, g * input_scale * below, g * scale).to(grad.dtype)
+
+
 PARTS = {aten._softmax.default: softmax, aten._log_softmax.default: log_softmax, aten._softmax_backward_data.default: softmax_backward, aten._log_softmax_backward_data.default: log_softmax_backward,
-         aten.native_layer_norm.default: native_layer_norm, aten.native_layer_norm_backward.default: native_layer_norm_backward, aten.var_mean.correction: var_mean, aten.var.correction: var}
+         aten.native_layer_norm.default: native_layer_norm, aten.native_layer_norm_backward.default: native_layer_norm_backward, aten.var_mean.correction: var_mean, aten.var.correction: var, aten.elu_backward.default: elu_backward}
 
 
 def expand(gm: GraphModule, whole: frozenset = frozenset(), apart: Collection[str] = ()) -> None:

@@ -25,7 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..compiler.ir.graph import argument, is_call, is_tensor, value
-from .functionalise import emit, faking, functionalise, requires_grad, storages
+from .functionalise import emit, faking, functionalise, requires_grad, storages, written
 from .merge import drop_dead, is_inactive_dropout, merge_equal, reaching_output
 
 NAME = "canonicalise"
@@ -322,6 +322,30 @@ def _(at, node, pieces, k):
     if not all(isinstance(n, int) for n in (*sizes, own, *([] if isinstance(wanted, (list, tuple)) else [wanted]))):
         return None
     return at(aten.slice.Tensor, x, dim, sum(sizes), sum(sizes) + own)
+
+
+@row(aten.index.Tensor)
+def _(at, node, x, indices):
+    """x[..., [-2], :], the constant a list of one or of neighbours, -> a slice: Falcon takes its key head so."""
+    given = [(d, i) for d, i in enumerate(indices) if i is not None]
+    numbers = _numbers(given[0][1]) if len(given) == 1 else None
+    if not numbers:
+        return None
+    d, total = given[0][0], value(x).shape[given[0][0]]
+    if not isinstance(total, int) or not all(-total <= n < total for n in numbers):
+        return None
+    first = numbers[0] % total
+    return at(aten.slice.Tensor, x, d, first, first + len(numbers)) if [n % total for n in numbers] == [*range(first, first + len(numbers))] else None
+
+
+def _numbers(node) -> list[int] | None:
+    """The elements of a small constant vector of integers in the graph; None for anything else."""
+    while is_call(node, aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.clone.default, aten.to.dtype, aten.detach.default):
+        node = node.args[0]
+    if not isinstance(node, Node) or node.op != "get_attr" or node.graph.owning_module is None or value(node).dtype not in (torch.int32, torch.int64) or value(node).dim() != 1 or value(node).numel() > 64:
+        return None
+    known = getattr(node.graph.owning_module, node.target, None)
+    return known.tolist() if isinstance(known, torch.Tensor) and type(known) is torch.Tensor and not any(written(user) for user in node.users) else None
 
 
 @row(aten.slice_scatter.default)

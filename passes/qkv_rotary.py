@@ -9,8 +9,11 @@ the same with slices of its weight. Every output takes along what follows it and
 partial rotary (the rest of a head passes through), scaling of the angles or of cos and sin (NTK, YaRN, attention scaling), tables
 of any broadcastable layout, and biases. Nothing is matched by spelling: the rotated tensor is lifted to elements of the linear,
 and the partner of a column is read off from their distance (compiler/ir/columns.py). Su et al., 2104.09864. The output is viewed as
-[B, T, H, D] and permuted as the model had it, which moves no memory. Where there is no rotary (BERT, T5), where the norm of q and
-k stands between (Qwen 3), or where rotary is written with complex numbers, the linears are merged all the same.
+[B, T, H, D] and permuted as the model had it, which moves no memory. Where there is no rotary (BERT, T5), or where the norm of q and
+k stands between (Qwen 3), the linears are merged all the same; complex_product has written complex rotary in real numbers.
+
+A projection that packs q, k and v head by head ([heads, 3, dim]: GPT-NeoX) stays one output, whose text says what each column gets (compiler/ir/linear_packed.py):
+no weight is copied. Behind views of the columns ([heads + 2, dim]: Falcon) the parts are slices again. Without rotary (BLOOM) nothing is gained, and it is one linear.
 
 Legality, each with a test that must be refused or left alone:
 - one x, one dtype; every merged linear stands before the next matmul of another tensor (cross-attention keys of all decoder
@@ -28,9 +31,10 @@ from collections.abc import Iterator
 from torch.fx import Graph, Node
 
 from ..compiler.ir.linear_build import Output, longest, match, sweep, weights_text
+from ..compiler.ir.linear_packed import cannot_pack
 from ..compiler.ir.products import Product, Writes, products
 from ..compiler.ir.rewrite import Match, Refusal, Refused
-from ..compiler.ir.streams import piece_starts
+from ..compiler.ir.streams import packed_starts, piece_starts
 from .merge import reaching_output
 
 NAME = "qkv_rotary"
@@ -76,7 +80,21 @@ def _outputs(product: Product) -> list[Output]:
         if all(pieces):
             return pieces
     whole = longest(product.node, product)
+    if whole is not None and whole.stream.root is not product.node:  # neighbours that rotary pairs are read through slices as well
+        return [whole]
+    starts = packed_starts(product)
+    if starts:
+        pieces = [longest(start, product, packed=True) for start in starts]
+        if all(pieces) and (not any(o.epilogue.is_packed for o in pieces) or _is_one_text(pieces)):
+            return pieces
     return [whole] if whole is not None else []
+
+
+def _is_one_text(pieces: list[Output]) -> bool:
+    """Are these all the parts of every head, and does one of them do more than the product alone?"""
+    if not all(o.epilogue.is_packed and len(o.epilogue.accumulators) == 1 for o in pieces) or all(o.epilogue.is_plain for o in pieces):
+        return False
+    return cannot_pack([(o.epilogue.accumulators[0], o.epilogue.pair, o.epilogue.expr) for o in pieces]) is None
 
 
 def _detail(outputs: list[Output]) -> str:

@@ -5,6 +5,9 @@ Over the columns (their number is static) an element acc[row, column] is looked 
     column(j) = offset + step j            an accumulator a: the weight's rows offset, offset + step, ... (a slice, no copy)
     column(j) = that of a at partner(j)    p: rotary's other half. partner is read off from the distances, not from a spelling
 
+    column(j) = offset + period (j // block) + j % block       a packed accumulator: a part of every head's columns, [heads, 3, dim] (NeoX). Its columns are no view of the weight,
+                                                               so the parts of such a product stay together (linear_packed.py)
+
 An element that a condition guards (t < D/2) need fit where it is read; a branch that no column takes is dropped. So half-split
 and interleaved, whole and partial rotary come out of one analysis, and so do packed projections.
 """
@@ -26,11 +29,17 @@ MAX_COLUMNS = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Accumulator:
-    """Columns offset, offset + step, ... of the stream's product number ``product``."""
+    """Columns offset, offset + step, ... of the stream's product number ``product``; with ``block``, that many of every ``period``."""
 
     product: int
     offset: int
     step: int
+    block: int = 0
+    period: int = 0
+
+    def at(self, j):
+        """The product's column of the accumulator's column j."""
+        return self.offset + (self.period * (j // self.block) + j % self.block if self.block else self.step * j)
 
 
 def kind(element) -> str:
@@ -142,7 +151,7 @@ def classify(readings: dict, grid: Grid) -> tuple[tuple[int, int], dict]:
     own = [key for key, mask in covered.items() if mask.all()]
     terms, pairs = {}, set()
     for x, mask in readings.items():
-        fitting = next((a for a in own if a.product == number(x) and not ((columns[x] - a.offset - a.step * grid.j) * mask).any()), None)
+        fitting = next((a for a in own if a.product == number(x) and not ((columns[x] - a.at(grid.j)) * mask).any()), None)
         if fitting is not None:
             terms[x] = (fitting, False)
             continue
@@ -168,8 +177,8 @@ def _affine(column, symbol):
     return (int(step), int(offset)) if step.is_Integer and step > 0 and offset.is_Integer else None
 
 
-def _fit(columns, mask, grid: Grid) -> tuple[int, int] | None:
-    """(offset, step) with columns = offset + step j where mask holds."""
+def _fit(columns, mask, grid: Grid) -> tuple[int, ...] | None:
+    """(offset, step) with columns = offset + step j where mask holds; or (offset, 1, block, period)."""
     where = mask.nonzero().flatten()
     if where.numel() == 0:
         return None
@@ -178,7 +187,23 @@ def _fit(columns, mask, grid: Grid) -> tuple[int, int] | None:
         return (offset, 1) if offset >= 0 else None
     if mask.all() and grid.width > 1:
         offset, step = int(columns[0]), int(columns[1] - columns[0])
-        return (offset, step) if step > 1 and not (columns - offset - step * grid.j).any() else None
+        if step > 1 and not (columns - offset - step * grid.j).any():
+            return offset, step
+    return _fit_blocks(columns, mask, where, grid)
+
+
+def _fit_blocks(columns, mask, where, grid: Grid) -> tuple[int, ...] | None:
+    block = 1
+    for n in reversed(grid.sizes[1:]):
+        block *= n
+        group, rest = grid.j // block, columns - grid.j % block
+        first, last = where[0], where[-1]
+        if group[first] == group[last]:
+            continue
+        period = int(rest[last] - rest[first]) // int(group[last] - group[first])
+        offset = int(rest[first]) - period * int(group[first])
+        if offset >= 0 and offset + block <= period and not ((rest - offset - period * group) * mask).any():
+            return offset, 1, block, period
     return None
 
 
@@ -186,7 +211,7 @@ def _pair(columns, mask, a: Accumulator, grid: Grid) -> tuple[int, int] | None:
     """(block, half) with columns = those of the accumulator at partner(j), where mask holds."""
     if a.step != 1 or not mask.any():
         return None
-    distances = ((columns - a.offset - grid.j)[mask]).unique().tolist()
+    distances = ((columns - a.at(grid.j))[mask]).unique().tolist()
     half = max(map(abs, distances))
     if half == 0:
         return None
@@ -199,6 +224,6 @@ def _pair(columns, mask, a: Accumulator, grid: Grid) -> tuple[int, int] | None:
             continue
         t = grid.j % block
         partner = grid.j + torch.where(t < half, half, torch.where(t < 2 * half, -half, 0))
-        if not ((columns - a.offset - partner) * mask).any():
+        if not ((columns - a.at(partner)) * mask).any():
             return block, half
     return None

@@ -20,6 +20,7 @@ from .products import Product
 from .streams import Stream, signature
 from .unliftable import Unliftable
 
+PACKED = Symbol("packed", integer=True, nonnegative=True)  # the column of the whole product, in the epilogue of a part of it
 MAX_NODES = 600  # of an expression; one beyond this is no epilogue
 
 
@@ -50,10 +51,15 @@ class Epilogue:
     pair: tuple[int, int]
 
     @property
+    def is_packed(self) -> bool:
+        """Its columns are a part of every head's: no slice of a weight."""
+        return any(a.block for a in self.accumulators)
+
+    @property
     def is_plain(self) -> bool:
         """Nothing but the product itself, a bias aside."""
         e = self.expr
-        if isinstance(e, sc.fadd) and isinstance(e.args[1], sc.load) and e.args[1].args[1:] == (sc.J,) and self.elements[0].accumulator is not None:
+        if isinstance(e, sc.fadd) and isinstance(e.args[1], sc.load) and e.args[1].args[1:] in ((sc.J,), (PACKED,)) and self.elements[0].accumulator is not None:
             e = e.args[0]
         return e.is_Symbol and len(self.accumulators) == 1
 
@@ -115,7 +121,7 @@ def _epilogue(stream: Stream) -> Epilogue:
     e = grid.simplified(e)
     readings = grid.readings(e)
     pair, terms = classify({x: m for x, m in readings.items() if kind(x) == "acc"}, grid)
-    return _named(e, stream, lift, grid, terms, pair, rows, columns, y, dims)
+    return _named(e, stream, lift, grid, terms, pair, rows, columns, y, dims, readings)
 
 
 def _nodes(e, known: dict) -> int:
@@ -165,7 +171,7 @@ def _mixed_radix(total, y, dims) -> tuple[int, ...]:
 # ---------------------------------------------------------------- names of the op: i, j, a0, p0, c0, n0
 
 
-def _named(e, stream, lift, grid, terms, pair, rows, columns, y, dims) -> Epilogue:
+def _named(e, stream, lift, grid, terms, pair, rows, columns, y, dims, readings) -> Epilogue:
     accumulators = tuple(sorted({a for a, _ in terms.values()}, key=lambda a: (a.product, a.offset)))
     names = {x: sc.accumulator_symbol(f"{'p' if partner else 'a'}{accumulators.index(a)}") for x, (a, partner) in terms.items()}
     sizes: dict[sympy.Expr, Symbol] = {}
@@ -195,6 +201,8 @@ def _named(e, stream, lift, grid, terms, pair, rows, columns, y, dims) -> Epilog
             if a is None:
                 raise Unliftable("the bias stands at another column than its product")
             position = sc.J if not partner else (x.args[-1] - a.offset).xreplace(place)
+            if a.block:
+                position = _packed_position(x, readings[x], a, grid, stream.products[a.product].width)
             names[x] = sc.load(element(-1 - a.product, accumulator=a), position)
             continue
         node = node_of[x.args[0]]
@@ -204,11 +212,20 @@ def _named(e, stream, lift, grid, terms, pair, rows, columns, y, dims) -> Epilog
         names[x] = sc.load(element(border[node], bool(x.args[0].is_integer), runs), *(p.xreplace(place) for p in index))
     e = e.xreplace(names).xreplace(place)
     for symbol in sorted(e.free_symbols, key=str):
-        if not (symbol in (sc.I, sc.J) or sc.accumulator_number(symbol) is not None or symbol in sizes.values() or symbol in {c.symbol for c in elements}):
+        if not (symbol in (sc.I, sc.J, PACKED) or sc.accumulator_number(symbol) is not None or symbol in sizes.values() or symbol in {c.symbol for c in elements}):
             e = e.xreplace({symbol: size(symbol)})
     used = e.free_symbols
     kept = tuple((s, n) for n, s in sizes.items() if s in used)
     return Epilogue(e, accumulators, tuple(elements), kept, tuple(rows), tuple(columns), grid.width, pair)
+
+
+def _packed_position(x, mask, a: Accumulator, grid: Grid, width: int):
+    """Where the bias of a packed product is read: the whole bias at a shift of the product's own column, within its bounds where it is not used too."""
+    shifts = (grid(x.args[-1]) - a.at(grid.j))[mask].unique().tolist() if grid.knows(x.args[-1]) else ()
+    if len(shifts) != 1:
+        raise Unliftable("the bias of a packed product stands at columns that are no shift of its own")
+    shift = Integer(int(shifts[0]))
+    return PACKED if shift == 0 else sympy.Min(PACKED + shift, Integer(width - 1)) if shift > 0 else sympy.Max(PACKED + shift, Integer(0))
 
 
 def _digits(symbol, sizes) -> list:

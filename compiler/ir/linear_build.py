@@ -13,6 +13,7 @@ from . import scalar as sc
 from .columns import Accumulator
 from .epilogue import Element, Epilogue, epilogue
 from .graph import insert, is_call, is_tensor, shape, value
+from .linear_packed import joined, widened
 from .layout import size_node, sizes_of_nodes
 from .parser import parse
 from .printer import text
@@ -32,8 +33,11 @@ class Output:
     epilogue: Epilogue
 
 
-def longest(start: Node, product: Product, siblings=None, wanted=lambda found: True, reasons: list | None = None) -> Output | None:
-    """The longest stream from ``start`` that has an epilogue for which ``wanted`` holds; why longer ones have none is added to ``reasons``."""
+def longest(start: Node, product: Product, siblings=None, wanted=lambda found: True, reasons: list | None = None, packed: bool = False) -> Output | None:
+    """The longest stream from ``start`` that has an epilogue for which ``wanted`` holds; why longer ones have none is added to ``reasons``.
+
+    packed: it may be a part of every head's columns (linear_packed.py); all parts of the product have to be outputs then.
+    """
     for stream in candidates(start, product, siblings):
         try:
             found = Output(stream, epilogue(stream))
@@ -41,7 +45,7 @@ def longest(start: Node, product: Product, siblings=None, wanted=lambda found: T
             if reasons is not None:
                 reasons.append((str(error), stream.root))
             continue
-        if wanted(found):
+        if wanted(found) and (packed or not found.epilogue.is_packed):
             return found
     return None
 
@@ -88,16 +92,34 @@ def _build(graph: Graph, x: Node, outputs: list[Output], roots: list[Output], ou
     sources = sizes_of_nodes([p.x for p in products.values()] + [n for o in outputs for n in o.stream.border if is_tensor(n)])
     rows = flattened(graph, x, sources)
     table = _Arguments(graph, sources)
-    texts = [table.text(o) for o in outputs]
-    pairs = [n for o in outputs for n in o.epilogue.pair]
-    op = call(graph, [o.epilogue.width for o in outputs], rows, table.weights, table.captures, table.sizes, "", 0.0, "x", texts, pairs)
+    groups: dict = {}  # an output of the op: one stream, or all parts of a packed product
+    for o in outputs:
+        groups.setdefault(_columns(o)[0] if o.epilogue.is_packed else o, []).append(o)
+    texts = [table.text(group) for group in groups.values()]
+    pairs = [n for group in groups.values() for n in max(o.epilogue.pair for o in group)]
+    op = call(graph, [_width(group[0]) for group in groups.values()], rows, table.weights, table.captures, table.sizes, "", 0.0, "x", texts, pairs)
+    items = {id(o): insert(graph, operator.getitem, op, k) if o is group[0] else None for k, group in enumerate(groups.values()) for o in group}
     made = []
     for o in roots:
-        item = insert(graph, operator.getitem, op, outputs.index(o))
-        made.append(_shaped(graph, item, o, sources, o.stream.root in outside))
+        group = next(group for group in groups.values() if any(o is other for other in group))
+        made.append(_shaped(graph, _part(graph, items[id(group[0])], o, sources), o, sources, o.stream.root in outside))
     for o in outputs:
         _forget_sizes(graph, o.stream, sources)
     return made
+
+
+def _width(output: Output) -> int:
+    """Columns of the op's output: of all of a packed product."""
+    return output.stream.products[output.epilogue.accumulators[0].product].width if output.epilogue.is_packed else output.epilogue.width
+
+
+def _part(graph: Graph, item: Node, output: Output, sources) -> Node:
+    """A part of a packed product's columns, a view [M, heads, dim]; any other output as it is."""
+    a = output.epilogue.accumulators[0]
+    if not a.block:
+        return item
+    item = insert(graph, aten.reshape.default, item, [size_node(graph, shape(item)[0], sources), _width(output) // a.period, a.period])
+    return insert(graph, aten.slice.Tensor, item, 2, a.offset, a.offset + a.block)
 
 
 def call(graph: Graph, widths: list[int], rows: Node, *args) -> Node:
@@ -134,17 +156,23 @@ class _Arguments:
         self.sizes: list = []
         self._known: dict = {}
 
-    def text(self, output: Output) -> str:
+    def text(self, group: list[Output]) -> str:
+        if not group[0].epilogue.is_packed:
+            return _written(id(group[0].epilogue), group[0].epilogue, tuple(self._names(group[0]).items()))
+        return text(joined([(o.epilogue.accumulators[0], widened(_renamed(o.epilogue.expr, self._names(o)), o.epilogue.accumulators[0])) for o in group]))
+
+    def _names(self, output: Output) -> dict:
+        """Symbol of an epilogue -> symbol of the op."""
         stream, found = output.stream, output.epilogue
         names = {}
         for k, a in enumerate(found.accumulators):
-            number = self._weight(stream.products[a.product], a, found.width)
+            number = self._weight(stream.products[a.product], a, _width(output))
             names |= {sc.accumulator_symbol(f"{letter}{k}"): sc.accumulator_symbol(f"{letter}{number}") for letter in "ap"}
         for element in found.elements:
-            names[element.symbol] = sc.capture_symbol(self._capture(stream, element, found.width), bool(element.symbol.is_integer))
+            names[element.symbol] = sc.capture_symbol(self._capture(stream, element, _width(output)), bool(element.symbol.is_integer))
         for symbol, n in found.sizes:
             names[symbol] = sc.size_symbol(self._size(n))
-        return _written(id(found), found, tuple(names.items()))
+        return names
 
     def _once(self, key, values: list, build) -> int:
         if key not in self._known:
@@ -153,6 +181,9 @@ class _Arguments:
         return self._known[key]
 
     def _weight(self, p: Product, a: Accumulator, width: int) -> int:
+        if a.block:
+            a = Accumulator(a.product, 0, 1)
+
         def build():
             w = p.weight
             if (a.offset, a.step) != (0, 1) or width != p.width:
@@ -166,6 +197,8 @@ class _Arguments:
             node = stream.border[element.number]
             return self._once(("capture", node, element.runs), self.captures, lambda: self._viewed(node, element.runs))
         p, a = stream.products[-1 - element.number], element.accumulator
+        if a.block:
+            a = Accumulator(a.product, 0, 1)
 
         def bias():
             whole = (a.offset, a.step) == (0, 1) and width == p.width
@@ -193,11 +226,16 @@ def _written(key: int, found: Epilogue, names: tuple) -> str:
     if (key, names) not in _WRITTEN:
         if len(_WRITTEN) > 4096:
             _WRITTEN.clear()
-        fresh = {old: sympy.Dummy(integer=old.is_integer, real=old.is_real) for old, _ in names}  # all at once: a0 may become a1, and a1 a0
-        e = found.expr.xreplace(fresh).xreplace({fresh[old]: new for old, new in names})
+        e = _renamed(found.expr, dict(names))
         integers = frozenset(int(new.name[1:]) for _, new in names if new.name[0] == "c" and new.is_integer)
         _WRITTEN[key, names] = found, text(parse(text(e), integers))  # holds the epilogue, so that its id stays its own
     return _WRITTEN[key, names][1]
+
+
+def _renamed(e, names: dict):
+    """All at once: a0 may become a1, and a1 a0."""
+    fresh = {old: sympy.Dummy(integer=old.is_integer, real=old.is_real) for old in names}
+    return e.xreplace(fresh).xreplace({fresh[old]: new for old, new in names.items()})
 
 
 def _shaped(graph: Graph, item: Node, output: Output, sources, is_seen: bool) -> Node:

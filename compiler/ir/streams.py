@@ -85,6 +85,29 @@ def piece_starts(product: Product) -> list[Node] | None:
     return starts if len(starts) > 1 and sum(value(s).shape[-1] for s in starts) == width else None
 
 
+def packed_starts(product: Product) -> list[Node] | None:
+    """The parts of a product that is read through views, and behind them through slices of one dim alone that cover it: q, k and v of [heads, 3, dim]; else None."""
+    node = product.node
+    while len(readers := [u for u in node.users if not is_size(u)]) == 1 and is_call(readers[0], aten.reshape.default, aten.permute.default):
+        node = readers[0]
+    rank, parts, dims = value(node).dim(), [], set()
+    for user in readers:
+        if not is_call(user, aten.slice.Tensor, aten.select.int) or user.args[0] is not node:
+            return None
+        d = argument(user, 1, "dim", 0) % rank
+        total, start = value(node).shape[d], argument(user, 2, "start" if is_call(user, aten.slice.Tensor) else "index", None) or 0
+        if not isinstance(total, int) or not isinstance(start, int) or argument(user, 4, "step", 1) != 1:
+            return None
+        dims.add(d)
+        start += total if start < 0 else 0
+        parts.append((start, start + (value(user).shape[d] if is_call(user, aten.slice.Tensor) else 1), user))
+    parts.sort(key=lambda part: part[:2])
+    if len(dims) != 1 or len(parts) < 2 or not all(isinstance(end, int) for _, end, _ in parts):
+        return None
+    ends = [0, *(end for _, end, _ in parts)]
+    return [user for _, _, user in parts] if [start for start, _, _ in parts] == ends[:-1] and ends[-1] == value(node).shape[dims.pop()] else None
+
+
 def candidates(start: Node, product: Product, siblings: dict[Node, Product] | None = None) -> list[Stream]:
     """Streams from ``start`` (the product's node or a piece of it) that are closed, the longest first; [] where not even start is one.
 
@@ -167,9 +190,9 @@ def _behind(node: Node, siblings: dict[Node, Product], inside: set[Node], dtype)
 
 
 def _stream(root: Node, own: dict[Node, Product], inside: set[Node]) -> Stream:
-    shared: set[Node] = set()  # between a packed product and this part of it: a split, of which others read the other parts
+    shared: set[Node] = set()  # between a packed product and this part of it: a split or views, of which others read the other parts
     for n in inside:
-        while n not in own and not any(a in inside or a in own for a in n.all_input_nodes) and n not in shared:
+        while n not in own and not any(a in inside or a in own or a in shared for a in n.all_input_nodes):
             n = n.args[0]
             shared.add(n)
     order = sorted(n for n in inside | shared if n not in own)
