@@ -31,6 +31,7 @@ TABLE: dict[str, Option] = {
     "fold_weights": Option(True, "True | False", "in inference, keep what depends on weights alone between calls, and compute it again when they change; False: compute it at every call", lambda v: isinstance(v, bool)),
     "passes": Option({}, "{pass name: True | False}", "turn passes on or off by name", _passes_ok),
     "int8": Option(None, "weight_only | dynamic | llm_int8 | {'scheme': ..., 'group': 0, 'skip': [], 'lm_head': None, 'threshold': 6.0, 'force': False}", "in inference, run matrix products with weights of int8; see int8.md", lambda v: v is None or bool(Int8.parse(v))),
+    "expanded_kv": Option(1 << 30, "int", "bytes that the keys and values of one attention may have where a constant makes them from something smaller (multi-head latent attention, naive): above it they are made in chunks, merged by log-sum-exp", lambda v: type(v) is int and v >= 1),
     "gqa": Option(None, "int", "in inference, merge the KV heads of every attention into so many: lossy, opt-in, the residual is in the report; see accuracy.md", lambda v: v is None or type(v) is int and v >= 1),
 }
 
@@ -44,6 +45,7 @@ class Options:
     strict: bool = False
     fold_weights: bool = True
     passes: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+    expanded_kv: int = 1 << 30
     gqa: int | None = None
     int8: Int8 | None = None
 

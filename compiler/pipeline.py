@@ -25,7 +25,7 @@ def run(gm: GraphModule, passes, options: Options, report: Report) -> GraphModul
             rewrite.transform(gm)
             continue
         before = cost_report.snapshot(gm) if report.detailed else None
-        for found in rewrite.find(gm.graph, *([getattr(options, rewrite.OPTION)] if hasattr(rewrite, "OPTION") else [])):
+        for found in rewrite.find(gm.graph, *(getattr(options, option) for option in getattr(rewrite, "OPTIONS", (rewrite.OPTION,) if hasattr(rewrite, "OPTION") else ()))):
             if isinstance(found, Refusal):
                 _refuse(rewrite.NAME, found.reason, source_of(found.node), found.cure, options, report, number)
             elif isinstance(found, Kept):

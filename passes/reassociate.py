@@ -23,10 +23,11 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
+from ..compiler.ir import association_chunks as chunks
 from ..compiler.ir import scalar as sc
 from ..compiler.ir.association import CPU, Machine, Operand, Plan, Product, Tree, equation, order, plans, together
 from ..compiler.ir.association_choice import SQ, TK, B, Chosen, choose, guard, hints_of, in_words, promised
-from ..compiler.ir.association_rest import Rest, rest
+from ..compiler.ir.association_rest import Rest, barrier, rest
 from ..compiler.ir.association_rest import build as rest_of_rows
 from ..compiler.ir.association_trace import E, Piece, bias_view, diagonal_view, tensor_view, trace, weight_view
 from ..compiler.ir.attention import variant_of
@@ -38,21 +39,21 @@ from ..compiler.ir.unliftable import Unliftable
 from ..compiler.ir.weights import why_trained
 
 NAME = "reassociate"
-OPTION = "fold_weights"
+OPTIONS = ("fold_weights", "expanded_kv")
 aten = torch.ops.aten
 MAX_WIDTH = 1024  # of a head: what attention kernels take
 GPU = {torch.float16: Machine(200, 1), torch.bfloat16: Machine(200, 1)}  # FLOPs a byte, see association.CPU
 
 
-def find(graph: Graph, fold: bool = True) -> Iterator[Match | Refusal | Kept]:
+def find(graph: Graph, fold: bool = True, limit: int = 1 << 30) -> Iterator[Match | Refusal | Kept]:
     """Every attention whose keys or values are a constant times something smaller: a Match, a Refusal, or Kept where the order is the best as it is.
 
-    fold: will products of constants be kept between calls (the option fold_weights)?
+    fold: will products of constants be kept between calls (the option fold_weights)? limit: bytes that expanded keys and values of one attention may have (the option expanded_kv).
     """
     for node in list(graph.nodes):
         if is_call(node, torch.ops.tileweld.attention.default):
             try:
-                yield _at(graph, node, fold)
+                yield _at(graph, node, fold, limit)
             except Refused as refused:
                 yield refused.refusal
             except (NotThePattern, Unliftable):
@@ -80,7 +81,7 @@ class _Region:
         return [p.factor for p in (*self.k, *self.v) if self.free(p)]
 
 
-def _at(graph: Graph, node: Node, fold: bool) -> Match | Kept:
+def _at(graph: Graph, node: Node, fold: bool, limit: int) -> Match | Kept:
     q, k, v = node.args[:3]
     sizes, heads = shape(q), shape(q)[1]
     if not heads.is_Integer or len({value(x).dtype for x in (q, k, v)}) > 1 or any(shape(x)[1] not in (heads, 1) for x in (k, v)):
@@ -99,14 +100,14 @@ def _at(graph: Graph, node: Node, fold: bool) -> Match | Kept:
     products = _products(region, fold)
     naive = together([order(p, _written(p)) for p in products])
     candidates = [naive, *_buildable(region, plans(products))]
-    if barrier := _barrier(region):  # then the keys cannot move, and the question is whether anything is lost by it
+    if why := barrier(region.k, region.v, region.free):  # then the keys cannot move, and the question is whether anything is lost by it
         alone = [p for p in plans(products) if all(_moves(region, p)[len(region.k):])]
         if alone and choose([naive, *alone], machine, region.sizes, hints).plan is not naive:
-            raise Refused(*barrier)
+            raise Refused(*why)
     chosen = choose(candidates, machine, region.sizes, hints)
     if chosen.plan is naive:
         guard(graph, (q, k, v), chosen, candidates, machine, region.sizes)
-        return Kept(node, _words(graph, chosen, naive))
+        return _in_chunks(graph, region, _words(graph, chosen, naive), hints, limit) or Kept(node, _words(graph, chosen, naive))
     _check(graph, region, chosen.plan)
     guard(graph, (q, k, v), chosen, candidates, machine, region.sizes)
     inputs = tuple(dict.fromkeys([p.node for p in (*region.q, *region.k, *region.v) if not p.zero] + list(node.args[3])))
@@ -146,6 +147,25 @@ def _rests(region: _Region, x: Piece) -> list[Rest] | None:
     known = {(y.start, y.stop): y for y in region.q}
     fits = all(p.zero or region.free(p) or (y := known.get((p.start, p.stop))) is not None and y.factor is None and not y.zero for p in region.k)
     return found if fits else None
+
+
+def _in_chunks(graph: Graph, region: _Region, words: str, hints: dict, limit: int) -> Match | None:
+    """The order as written, the keys in chunks where their expansion would not fit into the limit; None where it does, or is needed as a whole."""
+    free, node = [p for p in (*region.k, *region.v) if region.free(p)], region.node
+    wide = sum(shape(x)[3] for x, pieces in ((node.args[1], region.k), (node.args[2], region.v)) if any(map(region.free, pieces)))
+    total = B * TK * value(node).dtype.itemsize * region.heads * wide
+    batch, keys = (int(region.sizes[s].subs(hints)) for s in (B, TK))
+    length = chunks.length_of(keys, batch * int(total.subs({B: 1, TK: 1})), limit)
+    if length is None or not chunks.is_chunkable(region.k, region.v, region.free) or any(_outside(region, p) for p in free) or why_trained(graph, [p.factor.weight for p in free]):
+        return None
+    count = -(-keys // length)
+    if region.sizes[TK].free_symbols and not promised(graph):
+        symbolic = value(node.args[1]).shape[2]
+        bool(symbolic > (count - 1) * length), bool(symbolic <= count * length)  # guards
+    inputs = tuple(dict.fromkeys([node.args[0], *(p.node for p in (*region.k, *region.v) if not p.zero), *node.args[3]]))
+    sources = sizes_of_nodes(list(node.args[:3]))
+    return Match(node, inputs, lambda graph: chunks.build(graph, node, region.k, region.v, region.free, region.heads, region.sizes[B], region.sizes[TK], length, count, sources),
+                 f"{count} chunks of {length} keys, merged by log-sum-exp: expanded keys and values have {total} bytes, {int(total.subs({B: batch, TK: keys}))} here, more than expanded_kv={limit}; {words}")
 
 
 def _words(graph: Graph, chosen: Chosen, naive: Plan) -> str:
@@ -246,24 +266,6 @@ def _buildable(region: _Region, everything: tuple[Plan, ...]) -> list[Plan]:
 
 
 # ---------------------------------------------------------------- legality
-
-
-def _barrier(region: _Region) -> tuple | None:
-    """(reason, node, cure) where keys that differ by head come from the latent of the values through something that is no product."""
-    latents = {p.node for p in region.v if region.free(p)} | {p.factor.node for p in region.v if region.free(p)}
-    for p in region.k:
-        if region.free(p) or p.zero or not p.by_head():
-            continue
-        stack, seen = [p.node], set()
-        while stack and len(seen) < 60:
-            n = stack.pop()
-            if n in latents:
-                return (f"{op_name(p.node)} stands between the latent and the keys of every head, so that their product with the queries cannot be taken in another order",
-                        p.node, "norms of keys and rotary belong on a part of the key that all heads share, as in DeepSeek's k_pe")
-            if n not in seen:
-                seen.add(n)
-                stack.extend(n.all_input_nodes)
-    return None
 
 
 def _outside(region: _Region, piece: Piece) -> tuple[Node, Node] | None:

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from . import scalar as sc
 from .association_trace import E, Factor, weight_view
-from .graph import aten, insert, shape
+from .graph import aten, insert, op_name, shape
 from .layout import arrange, layout, sizes_of_nodes
 from .lift import Lift
 from .products import Product, product_of
@@ -79,3 +79,21 @@ def build(graph: Graph, r: Rest) -> Node:
     dims[-1] = [z for z in (r.head, r.place) if z is not None]
     wanted = [[z] if z != 0 else [] for z in r.symbols]
     return arrange(graph, y, dims, wanted, sizes, sizes_of_nodes([r.factor.node, r.product.x]))
+
+
+def barrier(keys, values, free) -> tuple | None:
+    """(reason, node, cure) where keys that differ by head come from the latent of the values through something that is no product."""
+    latents = {p.node for p in values if free(p)} | {p.factor.node for p in values if free(p)}
+    for p in keys:
+        if free(p) or p.zero or not p.by_head():
+            continue
+        stack, seen = [p.node], set()
+        while stack and len(seen) < 60:
+            n = stack.pop()
+            if n in latents:
+                return (f"{op_name(p.node)} stands between the latent and the keys of every head, so that their product with the queries cannot be taken in another order",
+                        p.node, "norms of keys and rotary belong on a part of the key that all heads share, as in DeepSeek's k_pe")
+            if n not in seen:
+                seen.add(n)
+                stack.extend(n.all_input_nodes)
+    return None
