@@ -2,6 +2,7 @@
 
 constexpr int CHUNK = 64;        // keys
 constexpr int STREAM_ROWS = 32;  // query rows that share one reading, at most
+constexpr int WIDE_ROWS = 128;   // floats; wider rows are fetched as they are used, not a chunk ahead alone
 constexpr int FROM_TILES = 4;    // from so many rows on, a vector of a key or value is loaded once for several of them
 
 // Queries and staged keys lie with every part of the head dim padded to whole vectors.
@@ -64,8 +65,9 @@ INLINE void dot_row(const float* q, const KeyRows& keys, int count, float* score
 
 // scores[r][n] = q[r] . keys[n] for R rows and n < count, rounded up to VL / R; the keys behind the last one repeat it.
 // VL products at a time: their sums are one tree, and a vector of a key is loaded once for R rows.
+// ahead: the keys of the next tile are fetched on the way, where rows are wide (a latent of 2048 bytes, read once as key and value: 9%).
 template <int R>
-INLINE void dot_tile(const float* q, const KeyRows& keys, int first, int count, float* scores) {
+INLINE void dot_tile(const float* q, const KeyRows& keys, int first, int count, float* scores, bool ahead) {
     constexpr int C = VL / R;
     Vector sums[VL] = {};
 #pragma GCC unroll 2
@@ -79,6 +81,9 @@ INLINE void dot_tile(const float* q, const KeyRows& keys, int first, int count, 
             Vector columns[C];
 #pragma GCC unroll 16
             for (int c = 0; c < C; ++c) columns[c] = load_vector(key[c] + d);
+            if (D > WIDE_ROWS && ahead)
+#pragma GCC unroll 16
+                for (int c = 0; c < C; ++c) __builtin_prefetch(key[c] + C * keys.stride[part] + d);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
                 const Vector x = load_vector(q + r * DP + start + d);
@@ -103,7 +108,7 @@ static __attribute__((noinline)) void dot_keys(const float* q, const KeyRows& ke
         constexpr int R = TILE_ROWS_OF_KEYS;
         for (int first = 0; first < count; first += VL / R) {
             for (int n = first; n < first + VL / R && n < count; ++n) next.fetch(n);
-            for (int r = 0; r < rows; r += R) dot_tile<R>(q + r * DP, keys, first, count, scores + r * CHUNK);
+            for (int r = 0; r < rows; r += R) dot_tile<R>(q + r * DP, keys, first, count, scores + r * CHUNK, r == 0);
         }
     }
 }
@@ -119,6 +124,9 @@ INLINE void value_tile(const float* p, const float* values, int64_t stride, int 
     for (int key = 0; key < count; ++key) {
         Vector columns[N];
         next.fetch(key);
+        if constexpr (R > 1 && DVP > WIDE_ROWS)  // from the L2 cache: of a wide row a stripe is read here, and the processor does not see where the next one is
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) __builtin_prefetch(values + (key + 6) * stride + n * VL);
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) columns[n] = load_vector(values + key * stride + n * VL);
 #pragma GCC unroll 8

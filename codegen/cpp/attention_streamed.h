@@ -50,7 +50,7 @@ static void stream_keys(const Call& call, const Group& group, int64_t j_lo, int6
                 if (shrink != 1.0f || added != 0.0f)
                     for (int d = 0; d < DVP; d += VL) store_vector(sums + r * DVP + d, load_vector(sums + r * DVP + d) * shrink + added);
             }
-            add_values(scores, rows_of_v, stride, rows, count, sums, rows_ahead(keys[0] + (j + CHUNK) * call.k_stride[0][2], call.k_stride[0], PART_SIZE[0], j + 2 * CHUNK <= j_hi));
+            add_values(scores, rows_of_v, stride, rows, count, sums, rows_ahead(keys[0] + (j + CHUNK) * call.k_stride[0][2], call.k_stride[0], PART_SIZE[0], !values_are_keys && j + 2 * CHUNK <= j_hi));
         }
     }
 }
