@@ -72,8 +72,9 @@ def _lora() -> dict[str, Callable[[], torch.Tensor]]:
 
 
 def _watching() -> dict[str, Callable[[], torch.Tensor]]:
-    """What watching costs: a hundred kept weights of 512 x 512, of which nothing is computed at a call, against the same without watching."""
+    """What watching costs: a hundred kept weights of 512 x 512, of which nothing is computed at a call, looked at together as a graph does and one by one, against the same without watching."""
     from tileweld.compiler.folded import Folded
+    from tileweld.compiler.kept_together import KeptTogether
     from torch.fx import Graph
 
     graph = Graph()
@@ -93,8 +94,13 @@ def _watching() -> dict[str, Callable[[], torch.Tensor]]:
                 pass
         return made
 
-    known = [fold(w) for fold, w in zip(folds, weights)]
-    return {"nothing": nothing, "tileweld": call}
+    def at_once():
+        for _ in range(10):
+            made = together(*weights)
+        return made[-1]
+
+    known, together = [fold(w) for fold, w in zip(folds, weights)], KeptTogether([(fold, (k,)) for k, fold in enumerate(folds)])
+    return {"nothing": nothing, "tileweld": at_once, "each alone": call}
 
 
 CASES = {

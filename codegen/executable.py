@@ -19,6 +19,7 @@ a constant that has no text of its own is passed in by name.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
 
 import sympy
@@ -30,21 +31,21 @@ from ..compiler.ir.graph import is_tensor, size, value
 from ..compiler.ir.lowered import Buffer, Launch, is_getitem, is_launch
 from ..compiler.ir.packing import pack, peak
 from ..compiler.ir.text import Text
+from .launches import Launches, _tuple, is_direct
 from .liveness import Liveness, Planned, is_inplace, is_view, symbols_of
 from .spelling import COPY, METHOD, OUT, identifier, literal, size_text
-from .vocabulary import Vocabulary
 
-RESERVED = ("arguments", "workspace", "place", "prepare", "sizes", "graph", "take", "give", "torch", "restride", "empty_strided", "integers", "floats", "pointers", "float", "max", "min", "None", "True", "False")
-
-
-def write(gm: GraphModule) -> Text:
-    """The text of a lowered graph. Raises UnsupportedError for calls of modules or methods, which AOT's graphs do not have."""
-    return _Writer(gm).write()
+RESERVED = ("arguments", "workspace", "place", "prepare", "sizes", "graph", "take", "give", "torch", "restride", "empty_strided", "integers", "floats", "pointers", "launches", "increment_version", "float", "max", "min", "None", "True", "False")
 
 
-class _Writer(Vocabulary):
-    def __init__(self, gm: GraphModule):
-        super().__init__(RESERVED)
+def write(gm: GraphModule, driver=None) -> Text:
+    """The text of a lowered graph; driver: what walks the tables of launches (runtime/launches.py), None for a call a launch. Raises UnsupportedError for calls of modules or methods, which AOT's graphs do not have."""
+    return _Writer(gm, driver).write()
+
+
+class _Writer(Launches):
+    def __init__(self, gm: GraphModule, driver=None):
+        super().__init__(RESERVED, driver)
         self.gm, self.graph = gm, gm.graph
         self.live = Liveness(gm.graph)
         self.names: dict[Node, str] = {}
@@ -104,6 +105,8 @@ class _Writer(Vocabulary):
                             self.body.append(f"{name} = {self.names[node]}.{method.format(d)}")
 
     def _assemble(self, entry: int) -> Text:
+        read = set(re.findall(r"\w+", "\n".join(self.body)))
+        self.made = [name for name in self.made if name in read]  # the rest is read by runs alone
         names = list(self.symbols.values())
         used, lines = ", ".join(names), []
         known = [int(_bytes(b)) if _bytes(b).is_Integer else None for b in self.sizes]
@@ -116,6 +119,7 @@ class _Writer(Vocabulary):
         return Text("\n".join([*lines, "def graph(arguments):", *("    " + x for x in self.body), ""]), self.objects, self.lives if self.made else None, self.device, arena, naive)
 
     def _leave(self, node: Node) -> None:
+        self._flush()
         if self.made:
             self.body.append("give(workspace)")
         results = node.args[0] if isinstance(node.args[0], (list, tuple)) else (node.args[0],)
@@ -131,7 +135,7 @@ class _Writer(Vocabulary):
             stack += x.all_input_nodes if x in self.inline or x in self.virtual else ()
         dead = [n for n in read if self.live.last_use[n] == line and n in self.names and not (n in self.prepared or n in self.inline or n in self.kept) and n.op != "get_attr" and self._may_hold_memory(n)]
         if dead:
-            self.body.append(f"del {', '.join(sorted(self.names[n] for n in dead))}")
+            self._delete(sorted(self.names[n] for n in dead))
 
     @staticmethod
     def _may_hold_memory(node: Node) -> bool:
@@ -166,7 +170,7 @@ class _Writer(Vocabulary):
             self.names[node] = self._plain(node, self._argument)
             self.inline.add(node)
             self._read_in_place_of(node)
-        else:
+        elif node.target is not torch.ops.aten.index_copy_.default or not self._index_copy(node):
             text = self._plain(node, self._argument)
             if node.users or not is_inplace(node):
                 self.names[node] = self._name(node.name)
@@ -180,7 +184,14 @@ class _Writer(Vocabulary):
                     text += f"  # {', '.join(folded.__name__ for folded, _ in node.target.members)}"
                 if isinstance(value(node), torch.SymInt) and size(value(node)).is_Symbol:
                     self.inner.setdefault(size(value(node)), self.names[node])
-            self.body.append(text)
+            if self._may_come_early(node):
+                self.body.append(text)
+            else:
+                self._line(text)
+
+    def _may_come_early(self, node: Node) -> bool:
+        """Views, numbers, and what reads no tensor: nothing that launches write is looked at."""
+        return (is_view(node) and not self.live.bases[node] & self.run_written) or is_getitem(node) and not is_launch(node.args[0]) and is_tensor(node) or not any(map(is_tensor, node.all_input_nodes)) and not is_inplace(node)
 
     def _read_in_place_of(self, node: Node) -> None:
         """What a view without a variable is a view of is read where the view is."""
@@ -204,10 +215,10 @@ class _Writer(Vocabulary):
         self._allocate(planned, node.name)
         name = self.names[node]
         if node.target in COPY:
-            self.body.append(f"{name}.copy_({self._argument(node.args[0])})")
+            self._line(f"{name}.copy_({self._argument(node.args[0])})")
             return
         given = [self._argument(a) for a in node.args] + [f"{k}={self._argument(v)}" for k, v in node.kwargs.items()]
-        self.body.append(f"{OUT[node.target]}({', '.join([*given, f'out={name}'])})" + self._said(planned))
+        self._line(f"{OUT[node.target]}({', '.join([*given, f'out={name}'])})" + self._said(planned))
 
     def _plain(self, node: Node, argument: Callable) -> str:
         given = [argument(a) for a in node.args]
@@ -238,94 +249,6 @@ class _Writer(Vocabulary):
             except UnsupportedError:
                 return None
         return repr(known) if isinstance(known, (int, float)) and not isinstance(x, Node) else None
-
-    # ---------------------------------------------------------------- launches
-
-    def _launch(self, node: Node) -> None:
-        launch: Launch = node.target
-        ins, ints, floats, _ = node.args
-        outs = []
-        for k in range(len(launch.buffers)):
-            planned = self.live.planned[(node, k)]
-            outs.append(self._allocate(planned, planned.node.meta.get("name", planned.node.name) if planned.node is not node else f"unread_{k}"))
-        said = self._said(*(self.live.planned[(node, k)] for k in range(len(outs))))
-        direct = is_direct(launch)
-        given = [self._laid_out(x) if launch.layouts is not None or direct else self._argument(x) for x in ins]
-        tensors = [*outs, *given]
-        if not direct:
-            function = self._object(launch.__name__, launch.function or launch.launcher)
-            given = [f"[{', '.join(outs)}]", *tensors[len(outs):]] if launch.run is not None else [f"[{', '.join(tensors)}]", f"[{', '.join(map(self._argument, ints))}]", f"[{', '.join(map(self._argument, floats))}]"]
-            self.body.append(f"{function}({', '.join(given)}){said}")
-            return
-        entry = self._object(launch.__name__, getattr(launch.launcher, "entry", None))
-        numbers, packed = [], "integers()"
-        if launch.layouts is None:
-            for buffer in (*launch.buffers, *(Buffer(value(x)) for x in ins)):
-                numbers += [*buffer.sizes, *buffer.strides]
-            texts = [self._entry_size(e) for e in numbers] + [self._entry_number(x) for x in ints]
-            packed = f"integers({', '.join(texts)})" if None not in texts else None
-        if packed is None:  # a size that is known on the way only
-            texts = [f"*{t}.shape, *{t}.stride()" for t in tensors] + [self._argument(x) for x in ints]
-            integers = f"integers({', '.join(texts)})"
-        else:
-            integers = self._once(f"{launch.__name__}_integers", packed)
-        doubles = self._once(f"{launch.__name__}_floats", f"floats({', '.join(map(self._argument, floats))})") if not any(isinstance(x, Node) for x in floats) else f"floats({', '.join(map(self._argument, floats))})"
-        where = [*map(self._pointer, outs), *(self._pointer(t, self.virtual.get(x)) for t, x in zip(given, ins))]
-        pointers = f"{self._packer(len(where))}({', '.join(where)})"
-        if all(x in self.made for x in where):
-            pointers = self._once(f"{launch.__name__}_pointers", pointers)
-        self.body.append(f"{entry}({pointers}, {integers}, {doubles}){said}")
-
-    def _entry_size(self, e) -> str | None:
-        try:
-            return size_text(e, self.symbols)
-        except UnsupportedError:
-            return None
-
-    def _once(self, name: str, text: str) -> str:
-        """A value that prepare makes; the same text is made once."""
-        if text in self.pointers:
-            return self.pointers[text]
-        self.pointers[text] = name = self._name(name)
-        self.ahead.append(f"{name} = {text}")
-        self.made.append(name)
-        return name
-
-    def _pointer(self, tensor: str, view: Node | None = None) -> str:
-        """The address of a tensor, or of a view of it that has no variable of its own."""
-        pointer = self._once(f"p_{tensor}", f"{tensor}.data_ptr()") if tensor in self.made else f"{tensor}.data_ptr()"
-        offset = _offset(view) - _offset(self._behind(view)) if view is not None else 0
-        return f"{pointer} + {int(offset) * value(view).element_size()}" if offset else pointer
-
-    def _is_virtual(self, node: Node) -> bool:
-        """A view with static strides that kernels of ours alone read: they are given its address, and no tensor is made for it."""
-        return is_view(node) and bool(node.users) and value(node).dtype == value(node.args[0]).dtype and all(isinstance(n, int) for x in (node, node.args[0]) for n in (*value(x).shape, *value(x).stride(), value(x).storage_offset())) \
-            and all(self._is_virtual(u) or (is_launch(u) and is_direct(u.target)) for u in node.users)
-
-    def _behind(self, node: Node) -> Node:
-        """What a virtual view is a view of."""
-        while node in self.virtual:
-            node = node.args[0]
-        return node
-
-    def _laid_out(self, node: Node) -> str:
-        """The name of a tensor with the strides that its fake value has: one from elsewhere is copied if they should differ."""
-        behind = self._behind(node)
-        if not is_tensor(behind):
-            return self._argument(behind)
-        name = self.names[behind]
-        buffer = Buffer(value(behind))
-        sizes, strides = ([self._entry_size(e) for e in row] for row in (buffer.sizes, buffer.strides))
-        if behind in self.known_layout or None in sizes + strides or not sizes:
-            return name
-        laid_out = f"restride({name}, {_tuple(sizes)}, {_tuple(strides)})"
-        if self.live.bases[behind] & self.live.written:  # a copy would not see later writes, and writes to it would be lost
-            other = self._name(f"{name}_laid_out")
-            self.body.append(f"{other} = {name} if {name}.stride() == {_tuple(strides)} else {laid_out}")
-            return other
-        self.known_layout.add(behind)
-        self.body.append(f"if {name}.stride() != {_tuple(strides)}: {name} = {laid_out}")
-        return name
 
     # ---------------------------------------------------------------- buffers and names
 
@@ -362,19 +285,6 @@ class _Writer(Vocabulary):
 
     def _ahead_argument(self, x) -> str:
         return self._written(x, lambda n: self.names[n] if is_tensor(n) else self._entry_number(n))
-
-
-def is_direct(launch: Launch) -> bool:
-    """Is the kernel called with packed pointers and numbers, without a function in between?"""
-    return launch.run is None and launch.kernel is not None and launch.kernel.language == "cpp"
-
-
-def _offset(node: Node) -> int:
-    return value(node).storage_offset()
-
-
-def _tuple(texts: list[str]) -> str:
-    return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
 
 
 def _bytes(buffer: Buffer) -> sympy.Expr:

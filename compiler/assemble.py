@@ -16,20 +16,20 @@ from .kept_together import KeptTogether, keep_together
 from .load import load
 
 
-def assemble(gm: GraphModule, cuda_graphs: bool = False) -> Callable:
+def assemble(gm: GraphModule, cuda_graphs: bool = False, driver: Callable | None = None) -> Callable:
     """The function of a lowered graph: takes a list of arguments, which it clears, and returns a tuple. An executable, else the graph's forward.
 
     cuda_graphs: replay it as one launch once its shapes repeat; where no input is a CUDA tensor that changes nothing. ``executable.text`` is the Text it was made of, ``executable.workspaces`` the memory it keeps (None if it needs none),
-    ``executable.launches`` the Launches.
+    ``executable.launches`` the Launches. driver: what launches several kernels by one call (runtime/launches.py); without it there is a call a kernel.
     """
     keep_together(gm)
     try:
-        text = write(gm)
+        text = write(gm, driver)
     except UnsupportedError as error:
         log.get("codegen").warning("no executable: %s; the graph runs node by node", error)
         return gm.forward
     run = load(text)
-    run.launches = [n.target for n in gm.graph.nodes if is_launch(n)]
+    run.driver, run.launches = driver, [n.target for n in gm.graph.nodes if is_launch(n)]
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     if cuda_graphs and any(is_tensor(n) and value(n).device.type == "cuda" for n in inputs):
         written = Liveness(gm.graph).written

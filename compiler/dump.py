@@ -203,7 +203,7 @@ def _executable(gm: GraphModule, options: Options) -> str:
     lowered.graph.eliminate_dead_code()
     reinplace(lowered)
     keep_together(lowered)
-    return write(lowered).source.strip()
+    return write(lowered, _Shown()).source.strip()
 
 
 class _Shown:

@@ -25,6 +25,7 @@ import torch
 
 from ..runtime import cache
 from ..runtime.launch import CppLauncher, load_library
+from ..runtime.launches import KERNEL as DRIVER
 from . import log
 from .errors import CacheError
 from .graph_key import NAMESPACES, NotKept, key_of, resolve
@@ -69,7 +70,7 @@ def find(key: str, report: Report) -> Callable | None:
         return None
     objects = {name: _made(recipe, launchers) for name, recipe in entry["objects"].items()}
     text = Text(**entry["text"] | {"objects": objects, "device": torch.device(entry["text"]["device"]) if entry["text"]["device"] else None})
-    number = report.restore(kernels, {name: [row(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}) for fields in entry[name]] for name, row in _ROWS.items()})
+    number = report.restore([k for k in kernels if k != DRIVER], {name: [row(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}) for fields in entry[name]] for name, row in _ROWS.items()})
     log.get("runtime").info("graph %d: executable %s of an earlier process, %d kernels", number, key[:12], len(kernels))
     return _unboxed(load(text), entry["no_grad"])
 
@@ -168,7 +169,10 @@ def _entry(executable: Callable) -> dict:
     kernels = list(dict.fromkeys(x.kernel for x in launches))
     if any(k is None or k.language != "cpp" for k in kernels) or (text.device is not None and text.device.type != "cpu"):
         raise NotKept("a kernel that is not C++")
-    objects = {name: _recipe(name, x, launches, kernels) for name, x in text.objects.items()}
+    driver = getattr(executable, "driver", None)
+    if any(x is driver for x in text.objects.values() if x is not None):
+        kernels.append(DRIVER)
+    objects = {name: ["entry", kernels.index(DRIVER)] if x is driver and x is not None else _recipe(name, x, launches, kernels) for name, x in text.objects.items()}
     return {"text": {"source": text.source, "lives": text.lives, "device": str(text.device) if text.device else None, "arena": text.arena, "naive": text.naive}, "objects": objects,
             "built": [dataclasses.asdict(k) for k in kernels], "libraries": _libraries(kernels)}
 

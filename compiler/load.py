@@ -6,8 +6,10 @@ import linecache
 from collections.abc import Callable
 
 import torch
+from torch.autograd.graph import increment_version
 
 from ..runtime import launch
+from ..runtime.launches import launches
 from ..runtime.workspace import Workspaces
 from .ir.lowered import restride
 from .ir.text import Text
@@ -17,7 +19,7 @@ _numbers = itertools.count()
 
 def load(text: Text) -> Callable:
     """The function that a text defines."""
-    names = {"torch": torch, "restride": restride, "empty_strided": torch.empty_strided, "pointers": launch.pointers, "integers": launch.integers, "floats": launch.floats, **text.objects}
+    names = {"torch": torch, "restride": restride, "empty_strided": torch.empty_strided, "pointers": launch.pointers, "integers": launch.integers, "floats": launch.floats, "launches": launches, "increment_version": increment_version, **text.objects}
     file = f"<tileweld executable {next(_numbers)}>"
     linecache.cache[file] = (len(text.source), None, text.source.splitlines(keepends=True), file)  # so that a traceback shows its lines
     exec(compile(text.source, file, "exec"), names)

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from ..codegen.expand import expand
 from ..codegen.regions import find_regions
+from ..runtime import launches
 from ..runtime.build import CppUnit, compile_cpp
 from ..runtime.interpret import interpreted_entry
 from ..runtime.launch import CppLauncher
@@ -59,7 +60,7 @@ def lower(gm: GraphModule, options: Options, report: Report, number: int, cuda_g
         report.kernels.append(KernelUse(choice.op, name, reason, number))
     gm.graph.eliminate_dead_code()
     gm.recompile()
-    return assemble(gm, cuda_graphs)
+    return assemble(gm, cuda_graphs, getattr(launchers.get(launches.KERNEL.source), "entry", None))
 
 
 def settle(gm: GraphModule, options: Options, report: Report, number: int, timed: Collection[str] = ("linear", "int8_linear"), build_all: bool = True) -> tuple[GraphModule, list[Choice], dict[str, Callable]]:
@@ -146,17 +147,18 @@ def target_of(node: Node, options: Options) -> str:
 
 def _build(choices: dict[str, Choice], options: Options, report: Report) -> dict[str, Callable]:
     """source -> launch(tensors, ints, floats); a kernel that fails to build is missing, with a warning in the report."""
-    launches: dict[str, Callable] = {}
+    made: dict[str, Callable] = {}
     cpp = [c.kernel for c in choices.values() if c.kernel.language == "cpp"]
+    cpp += [launches.KERNEL] * bool(cpp)
     try:
         libraries = compile_cpp([CppUnit(k.name, k.source, k.link_torch) for k in cpp])
-        launches |= {k.source: CppLauncher(library, k.entry) for k, library in zip(cpp, libraries)}
+        made |= {k.source: CppLauncher(library, k.entry) for k, library in zip(cpp, libraries)}
     except CompilerNotFound as error:
         _degrade(str(error), error, options, report)
     except BuildError:  # one of them does not compile: the others still do
         for k in cpp:
             try:
-                launches[k.source] = CppLauncher(compile_cpp([CppUnit(k.name, k.source, k.link_torch)])[0], k.entry)
+                made[k.source] = CppLauncher(compile_cpp([CppUnit(k.name, k.source, k.link_torch)])[0], k.entry)
             except BuildError as error:
                 _degrade(str(error), error, options, report)
     for choice in choices.values():
@@ -165,12 +167,12 @@ def _build(choices: dict[str, Choice], options: Options, report: Report) -> dict
             try:
                 if choice.interpreted:
                     degrade(report, "CPU tensors on the triton target run in Triton's interpreter", cure="it is for checking numerics, never for speed")
-                    launches[k.source] = interpreted_entry(k.name, k.source, k.entry)
+                    made[k.source] = interpreted_entry(k.name, k.source, k.entry)
                 else:
-                    launches[k.source] = getattr(load_python_source(k.name, k.source), k.entry)
+                    made[k.source] = getattr(load_python_source(k.name, k.source), k.entry)
             except Exception as error:  # triton raises many kinds while it reads a source
                 _degrade(f"{k.name}: {error}", error, options, report)
-    return launches
+    return made
 
 
 def _degrade(message: str, error: Exception, options: Options, report: Report) -> None:

@@ -268,7 +268,8 @@ def test_it_can_be_turned_off(monkeypatch):
 @pytest.mark.parametrize("damage", ["entry cut", "entry changed", "library changed", "library gone", "manifest gone"])
 def test_a_damaged_entry_is_compiled_again(damage):
     twice(attention, qkv)
-    (entry,), libraries = entries(), sorted(cache.root().glob("*.so"))
+    (entry,) = entries()
+    libraries = [cache.root() / name for name, _ in json.loads(entry.read_bytes())["libraries"]]  # beside what walks runs, of which a graph of one kernel has none
     victim = entry if damage.startswith("entry") else entry.with_suffix(".json") if damage.startswith("manifest") else libraries[0]
     if damage.endswith("gone"):
         victim.unlink()
