@@ -15,14 +15,13 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import log
-from .ir.graph import value
+from .ir.graph import on_fakes, value
 
 aten = torch.ops.aten
 DEVICES = ("cpu", "cuda")
@@ -66,9 +65,9 @@ def make_casts_explicit(graph: Graph) -> bool:
     if not is_on() and not any(n.target is ENTER for n in graph.nodes):
         return True
     found: dict[Node, dict[Node | str, torch.dtype]] = {}
-    mode = next((value(n).fake_mode for n in graph.nodes if hasattr(value(n), "fake_mode")), contextlib.nullcontext())
+    mode = next((value(n).fake_mode for n in graph.nodes if hasattr(value(n), "fake_mode")), None)
     entered: dict[Node, torch.amp.autocast] = {}
-    with mode, enable_python_dispatcher(), torch.no_grad():
+    with on_fakes(mode):
         try:
             for node in graph.nodes:
                 if node.target is ENTER:

@@ -19,12 +19,11 @@ import contextlib
 import operator
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..compiler.ir import stop_gradient as _stop_gradient_op  # noqa: F401 (registers the op)
-from ..compiler.ir.graph import is_call, is_tensor, size, value
+from ..compiler.ir.graph import is_call, is_tensor, on_fakes, size, value
 
 NAME = "functionalise"
 aten = torch.ops.aten
@@ -98,7 +97,7 @@ def requires_grad(graph: Graph) -> set[Node]:
 def faking(graph: Graph):
     """Run ops on the fake values of a graph."""
     mode = next((value(n).fake_mode for n in graph.nodes if is_tensor(n) and hasattr(value(n), "fake_mode")), None)
-    with mode or contextlib.nullcontext(), enable_python_dispatcher(), torch.no_grad():
+    with on_fakes(mode):
         yield
 
 

@@ -1,10 +1,12 @@
 """Small questions to an FX graph that every pass asks."""
 from __future__ import annotations
 
+import contextlib
 import re
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
 
 from .nodes import floordiv, mod
@@ -85,12 +87,19 @@ def source_of(node: Node) -> str:
     return f"{short}:{line} in {function}" + (f": {code.strip()}" if code else "")
 
 
+@contextlib.contextmanager
+def on_fakes(mode=None):
+    """Ops run on fake tensors here (of this mode, if the tensors do not say), none recorded for a backward. Without the python dispatcher torch 2.11's linear refuses symbolic sizes."""
+    with mode or contextlib.nullcontext(), enable_python_dispatcher(), torch.no_grad():
+        yield
+
+
 def insert(graph: torch.fx.Graph, target, *args, **kwargs) -> Node:
     """Add a call at the graph's insertion point, with its fake value computed; returns the node (or the number, when all is static)."""
     def fake(x):
         return torch.fx.node.map_arg(x, lambda n: n.meta["val"])
 
-    with torch.no_grad():
+    with on_fakes():
         known = target(*fake(args), **fake(kwargs))
     if isinstance(known, int):
         return known

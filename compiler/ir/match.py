@@ -25,14 +25,13 @@ import inspect
 from collections.abc import Callable, Iterator
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from .graph import argument, is_call, is_tensor, shape, size, source_of, value
+from .graph import argument, is_call, is_tensor, on_fakes, shape, size, source_of, value
 
 aten = torch.ops.aten
 COMMUTATIVE = frozenset({aten.add.Tensor, aten.mul.Tensor, aten.maximum.default, aten.minimum.default, aten.eq.Tensor, aten.ne.Tensor,
@@ -201,7 +200,7 @@ class Pattern:
         environment = ShapeEnv()
         mode = FakeTensorMode(shape_env=environment)
         names = list(inspect.signature(self.function).parameters)
-        with mode, enable_python_dispatcher(), torch.no_grad():
+        with on_fakes(mode):
             values = {n: torch.empty(self.shapes[n], dtype=d) for n, d in zip(self.tensors, dtypes)}
             for number, name in enumerate(self.scalars):  # distinct hints, none of them a number that the function may contain
                 source, hint = ConstantSource(f"scalar_{name}"), 0.3718 + number

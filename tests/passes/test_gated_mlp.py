@@ -25,7 +25,7 @@ class Held(torch.nn.Module):
         self.fn, self.weights = fn, torch.nn.ParameterList(weights)
 
     def forward(self, x):
-        return self.fn(x, *self.weights)
+        return self.fn(x, *iter(self.weights))
 
 
 def gated(act):

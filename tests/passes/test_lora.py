@@ -67,7 +67,7 @@ class Held(nn.Module):
         self.fn, self.weights = fn, nn.ParameterList(weights)
 
     def forward(self, *x):
-        return self.fn(*x, *self.weights)
+        return self.fn(*x, *iter(self.weights))
 
 
 @pytest.mark.parametrize("fn", [_by_hand, _packed, _negative, _flattened])
