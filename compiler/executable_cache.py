@@ -28,7 +28,8 @@ from ..runtime.launch import CppLauncher, load_library
 from ..runtime.launches import KERNEL as DRIVER
 from . import log
 from .errors import CacheError
-from .graph_key import NAMESPACES, NotKept, key_of, resolve
+from .graph_key import NotKept, is_lasting, key_of, resolve
+from .int8_use import Int8Use
 from .ir.kernel import Kernel
 from .ir.text import Text
 from .report import FoldedWeight, Fusion, KernelUse, Refused, Report
@@ -38,7 +39,7 @@ from .load import load
 SUFFIX = ".executable"
 UNSETTLED_SECONDS = 3600
 _LIBRARY = re.compile(r"[0-9a-f]{64}\.so")
-_ROWS = {"fusions": Fusion, "kept": Fusion, "refusals": Refused, "kernels": KernelUse, "folded": FoldedWeight}
+_ROWS = {"fusions": Fusion, "kept": Fusion, "refusals": Refused, "kernels": KernelUse, "folded": FoldedWeight, "int8": Int8Use}
 
 
 def key(gm, example_inputs, options, mode, report: Report) -> str | None:
@@ -201,7 +202,7 @@ def _recipe(name: str, x, launches: list, kernels: list[Kernel]) -> list:
     packer = re.fullmatch(r"pointers_(\d+)", name)
     if packer and isinstance(getattr(x, "__self__", None), struct.Struct) and x.__self__.format == f"{packer[1]}P" and x.__name__ == "pack":
         return ["pointers", int(packer[1])]
-    if isinstance(x, torch._ops.OpOverload) and x.namespace in NAMESPACES and resolve(str(x)) is x:
+    if isinstance(x, torch._ops.OpOverload) and is_lasting(str(x)) and resolve(str(x)) is x:
         return ["op", str(x)]
     if type(x) is Constant:
         return ["constant", *_content(x())]

@@ -1,4 +1,4 @@
-"""A small graph of torch's own operations as JSON, and back: how a folded weight is computed (executable_cache.py). Anything else has no text here: `NotKept`.
+"""A small graph of torch's own operations, and of those that make int8 rows, as JSON, and back: how a folded weight is computed (executable_cache.py). Anything else has no text here: `NotKept`.
 
 A graph is a list of rows: ["placeholder", name], [op's name, args, kwargs], ["getitem", args, {}], ["output", [x], {}]; a node is {"node": its row}.
 """
@@ -10,7 +10,7 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
-from .graph_key import NAMESPACES, NotKept, resolve
+from .graph_key import NotKept, is_lasting, resolve
 
 _NAMED = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 
@@ -32,7 +32,7 @@ def read(rows: list) -> Graph:
         if name == "output":
             nodes.append(graph.output(*args))
             continue
-        target = operator.getitem if name == "getitem" else resolve(name) if name.split(".")[0] in NAMESPACES else None
+        target = operator.getitem if name == "getitem" else resolve(name) if is_lasting(name) else None
         if target is not operator.getitem and not isinstance(target, torch._ops.OpOverload):
             raise ValueError(f"there is no operation {name}")
         nodes.append(graph.call_function(target, tuple(args), kwargs))
@@ -45,7 +45,7 @@ def _name(node: Node) -> str:
     if node.target is operator.getitem:
         return "getitem"
     name = str(node.target)
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or name.split(".")[0] not in NAMESPACES or resolve(name) is not node.target:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not is_lasting(name) or resolve(name) is not node.target:
         raise NotKept(f"the operation {name}")
     return name
 

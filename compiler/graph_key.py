@@ -23,10 +23,12 @@ from torch.fx import GraphModule, Node
 from ..runtime import cache
 from .labels import label_inputs
 
-OPTIONS = frozenset({"target", "strict", "fold_weights", "passes"})  # those that a pass may answer by looking at weights are not among them
+#: gqa is not among them: its pass looks at weights. int8's does not: which layers there are is in the graph and its labels, rows and scales are folded weights, and what pays is timed by shape as for float products
+OPTIONS = frozenset({"target", "strict", "fold_weights", "passes", "int8"})
 MODULES = frozenset({"torch", "torch._C", "torch._C._nn", "torch._C._linalg", "torch._C._special", "torch._C._fft", "torch.functional", "torch.nn.functional", "torch.amp.autocast_mode", "_operator", "math"})
 ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 NAMESPACES = ("aten", "prims")
+OURS = frozenset({"tileweld.quantize_rows", "tileweld.dequantize_rows"})  # computations of weights; what they mean is in SOURCES
 SOURCES = ("compiler", "passes", "codegen", "runtime")
 
 
@@ -85,7 +87,7 @@ def _function(target) -> str:
     """A function by a name that leads to it, in torch, Python's operators or its mathematics. Not a function that looks its meaning up elsewhere (a Triton kernel's number, a process group)."""
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         name = str(target)
-        if name.split(".")[0] not in NAMESPACES or resolve(name) is not target:
+        if not is_lasting(name) or resolve(name) is not target:
             raise NotKept(f"the op {name}")
         return f"{type(target).__name__} {name}"
     module, name = getattr(target, "__module__", None), getattr(target, "__qualname__", None)
@@ -100,8 +102,15 @@ def _function(target) -> str:
     raise NotKept(f"the function {module}.{name}, which is not found under its name")
 
 
+def is_lasting(name: str) -> bool:
+    """Will an op's name mean tomorrow what it means today?"""
+    return name.split(".")[0] in NAMESPACES or name.removesuffix(".default") in OURS
+
+
 def resolve(name: str):
     """The overload or packet of torch.ops with this name; None if there is none."""
+    if name.removesuffix(".default") in OURS:
+        from .ir import int8_linear  # noqa: F401 (registers them)
     found = torch.ops
     for part in name.split("."):
         found = getattr(found, part, None)

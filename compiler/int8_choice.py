@@ -4,8 +4,6 @@ A product whose weights are int8 in the model already has no floats to go back t
 """
 from __future__ import annotations
 
-import dataclasses
-import math
 import operator
 from collections.abc import Collection, Mapping
 
@@ -13,30 +11,11 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .capture import real_tensors
+from .int8_use import Int8Use
 from .ir.graph import is_call, value
 from .ir.int8_linear import dequantized
 
 tileweld = torch.ops.tileweld
-
-
-@dataclasses.dataclass(frozen=True)
-class Int8Use:
-    """A weight that was to be int8: its module, [N, K], the activations ("float", "int8", "mixed"), what it runs in and why, |w - q scale| / |w| (None: it came as
-    int8, or its values are not known), its bytes as floats and with scales as int8, the number of the graph."""
-
-    name: str
-    shape: tuple[int, int]
-    activation: str
-    kept: bool
-    reason: str
-    error: float | None
-    bytes_before: int
-    bytes_after: int
-    graph: int
-
-    @property
-    def sqnr_db(self) -> float | None:
-        return None if self.error is None else math.inf if self.error == 0 else -20 * math.log10(self.error)
 
 
 def _float_of(q: Node) -> Node | None:

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 if TYPE_CHECKING:
     from .cost_report import Costs
-    from .int8_choice import Int8Use
+    from .int8_use import Int8Use
 
 
 @dataclasses.dataclass(frozen=True)

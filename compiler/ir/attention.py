@@ -26,6 +26,7 @@ from collections.abc import Sequence
 
 import sympy
 import torch
+from sympy import Integer
 from torch import Tensor
 
 from . import scalar as sc
@@ -34,6 +35,24 @@ from .parser import parse, parse_mask
 
 BLOCK_ELEMENTS = 1 << 24  # scores held at once by the definition: 64 MiB in fp32
 BACKWARD_ELEMENTS = 1 << 19  # by its gradient on a CPU, which goes over them five times: 2 MiB stay in the cache, 4 times as fast as 64 MiB
+
+
+def _linear(e):
+    """(f, o) with e = f*v + o, o None for 0; None where there is no such form."""
+    if e == sc.V:
+        return Integer(1), None
+    held = [n for n, x in enumerate(e.args) if x.has(sc.V)]
+    if len(held) != 1 or not isinstance(e, (sc.fadd, sc.fsub, sc.fmul, sc.fdiv)) or (found := _linear(e.args[held[0]])) is None:
+        return None
+    (f, o), other = found, e.args[1 - held[0]]
+    if isinstance(e, sc.fadd):
+        return f, other if o is None else sc.add(o, other)
+    if isinstance(e, sc.fsub):
+        return (f, sc.neg(other) if o is None else sc.sub(o, other)) if held == [0] else (sc.neg(f), other if o is None else sc.sub(other, o))
+    if isinstance(e, sc.fdiv) and held == [1]:
+        return None
+    scaled = (lambda x: sc.mul(other, x)) if isinstance(e, sc.fmul) else (lambda x: sc.div(x, other))
+    return scaled(f), None if o is None else scaled(o)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +81,12 @@ class Variant:
 
     @functools.cached_property
     def _value(self):
-        """(f, o) of value="f*v + o", each None where it is 1 or 0. Raises ValueError for any other form, or where s is in it."""
-        e, offset = parse(self.value, self.integer_captures) if self.value else None, None
-        if e is not None and e.has(sc.V):
-            if isinstance(e, sc.fadd):
-                e, offset = e.args if e.args[0].has(sc.V) else e.args[::-1]
-            e = None if e == sc.V else e.args[1 - e.args.index(sc.V)] if isinstance(e, sc.fmul) and sc.V in e.args else sc.V
-        if any(x is not None and x.has(sc.S, sc.V) for x in (e, offset)):
-            raise ValueError(f"attention: value={self.value!r} {'depends on s' if any(x is not None and x.has(sc.S) for x in (e, offset)) else 'is not f*v + o'}; f and o are of positions and captures")
-        return e, offset
+        """(f, o) of value="f*v + o", each None where it is 1 or 0. Raises ValueError for what is not linear in v, or where s is in it."""
+        e = parse(self.value, self.integer_captures) if self.value else sc.V
+        found = _linear(e) if e.has(sc.V) else (e, None)
+        if found is None or e.has(sc.S):
+            raise ValueError(f"attention: value={self.value!r} {'depends on s' if e.has(sc.S) else 'is not f*v + o'}; f and o are of positions and captures")
+        return found[0] if found[0] != 1 else None, found[1]
 
     @property
     def value_expr(self):

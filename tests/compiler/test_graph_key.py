@@ -163,7 +163,6 @@ NONE = {
     "shared memory": lambda: key(lambda a, b: a + b, *shared()),
     "a pass that reads weights": lambda: key(base, x(), options={"gqa": 2}),
     "an attribute that is no view": lambda: key(lambda a: a.data * 2, x()),
-    "int8": lambda: key(base, x(), options={"int8": "dynamic"}),
     "a conjugate": lambda: key(lambda a: a * 2, x(dtype=torch.complex64).conj()),
     "a body of a graph": lambda: key(lambda a: torch.cond(a.sum() > 0, lambda b: b + 1, lambda b: b - 1, (a,)), x()),
 }

@@ -53,9 +53,11 @@ def test_forms_of_value():
         torch.testing.assert_close(attention(q, k, v, [f, o], value=text), attention(q, k, v, [f, o], value="c0[b, h, j]") + attention(q, k, torch.ones_like(v), [f, o], value="c1[b, h, j]"))
     torch.testing.assert_close(attention(q, k, v, value="v + 2"), plain + 2)
     torch.testing.assert_close(attention(q, k, v, value="3*v"), plain * 3)
+    for text, expected in {"v - 0.75": plain - 0.75, "1 - v": 1 - plain, "-v": -plain, "2*(v + 1)": 2 * plain + 2, "(3 - (v - 1)*2)/4 - 1": (3 - (plain - 1) * 2) / 4 - 1}.items():
+        torch.testing.assert_close(attention(q, k, v, value=text), expected)
 
 
-@pytest.mark.parametrize("value", ["v*v", "v*v + 1", "exp(v)", "v + v", "1 - v", "s*v", "v + s", "2*(v + 1)"])
+@pytest.mark.parametrize("value", ["v*v", "v*v + 1", "exp(v)", "v + v", "1/v", "s*v", "v + s", "2*exp(v)", "max(v, 0)"])
 def test_what_is_not_f_v_plus_o_is_refused(value):
     with pytest.raises(ValueError, match="value="):
         attention(*qkv(), value=value)
