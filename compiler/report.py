@@ -162,6 +162,15 @@ class Report:
         return self.cost.fallbacks
 
     @property
+    def products_left(self) -> list[str]:
+        """The user's lines of products that no rewrite took and none refused: two activations with no softmax between, or a score whose softmax was refused."""
+        from .ir.graph import is_call, source_of
+        from .ir.products import PRODUCTS
+
+        refused = {r.source for r in self.refusals if r.rewrite == "linear"}
+        return [where for gm in self.graphs for n in gm.graph.nodes if is_call(n, *PRODUCTS) and (not (where := source_of(n)) or where not in refused)]
+
+    @property
     def folded_bytes(self) -> int:
         """Bytes that the kept values take, with what several graphs share counted once."""
         return sum({(f.key, f.weights): f.bytes for f in self.folded}.values())
@@ -223,6 +232,8 @@ class Report:
             result += [table, Text(f"kept in total: {self.folded_bytes:,} bytes, made at the first call and again when a weight changes")]
         if self.fallbacks:
             result.append(Text("calls of torch's library: " + listed(self.fallbacks)))
+        if left := self.products_left:
+            result.append(Text(f"matmuls of two activations that are no attention: {len(left)}, the library's; {_few(list(dict.fromkeys(filter(None, left))))}".rstrip("; ")))
         counted = [s for s in self.softmaxes if s.seen]
         if counted:
             line = f"softmaxes: {sum(s.seen for s in counted)} seen, {sum(s.fused for s in counted)} fused into attention, {sum(s.refused for s in counted)} refused"

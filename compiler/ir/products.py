@@ -22,6 +22,8 @@ from .weights import constants
 
 aten = torch.ops.aten
 TARGETS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
+#: every matrix product of a captured graph
+PRODUCTS = (*TARGETS, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

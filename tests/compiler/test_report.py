@@ -66,3 +66,16 @@ def test_json_holds_everything(report):
 def test_softmaxes_that_are_neither_fused_nor_refused():
     assert Softmaxes(seen=5, fused=2, refused=1).other == 2
     assert Softmaxes(seen=1, fused=2, refused=0).other == 0
+
+
+def test_products_that_nothing_takes_are_named_with_their_line():
+    import tileweld
+    import torch
+
+    def linear_attention(q, k, v):
+        return q.softmax(-1) @ (k.softmax(-2).mT @ v)
+
+    report = tileweld.explain(linear_attention, *(torch.randn(2, 4, 6, 8) for _ in range(3)))
+    assert len(report.products_left) == 2 and all("linear_attention" in where for where in report.products_left)
+    assert "matmuls of two activations that are no attention: 2, the library's; " in str(report)
+    assert not tileweld.explain(torch.nn.Linear(4, 4), torch.randn(3, 4)).products_left
