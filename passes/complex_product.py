@@ -4,7 +4,9 @@
 
 Rotary embedding as Llama's and DeepSeek's own code has it. Written out it is what qkv_rotary takes into a projection, rotary into one op, and what mha_to_gqa and reassociate read; complex numbers have no kernel here.
 
-Rounding: torch's complex product rounds the same two products and their sum. Legality, each with a test that must be left alone:
+Rounding: torch's complex product rounds the same two products and their sum.
+
+Legality, each with a test that must be left alone:
 - the product is real again at once, and nobody else reads it; both factors are complex of one precision, and what is turned has no other complex use.
 """
 from __future__ import annotations
