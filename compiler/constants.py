@@ -59,13 +59,17 @@ def fold_constants(gm: GraphModule) -> int:
 
 
 def _is_pure(node: Node) -> bool:
-    """A small static tensor of an ATen call that gives the same every time."""
-    return is_pure(node) and node.target.namespace == "aten" and is_tensor(node) and value(node).numel() <= LIMIT
+    """A small static tensor of an ATen call, or of a table, that gives the same every time."""
+    return is_pure(node) and (node.target.namespace == "aten" or _is_table(node)) and is_tensor(node) and value(node).numel() <= LIMIT
+
+
+def _is_table(node: Node) -> bool:
+    return str(node.target) == "tileweld.table.default"
 
 
 def _costs(node: Node, fixed: set[Node]) -> bool:
-    """More than one call: a lone fill or arange may as well become part of a kernel's index arithmetic."""
-    return any(a in fixed for a in node.all_input_nodes)
+    """More than one call: a lone fill or arange may as well become part of a kernel's index arithmetic. A table is a dozen calls (T5's buckets of 24 tokens: half of its attention's time)."""
+    return _is_table(node) or any(a in fixed for a in node.all_input_nodes)
 
 
 def _part(node: Node) -> Graph:

@@ -1,5 +1,6 @@
 """Values that depend on no input: computed once, never handed out, never random."""
 import pytest
+import tileweld.compiler.ir.table  # noqa: F401  (tileweld::table)
 import torch
 from tileweld.compiler.assemble import assemble
 from tileweld.compiler.constants import Constant, fold_constants
@@ -27,6 +28,23 @@ def test_computed_once_and_equal():
         torch.testing.assert_close(run([x])[0] if isinstance(run([x]), tuple) else run([x]), frequencies(x), rtol=0, atol=0)
     (constant,) = [n.target for n in gm.graph.nodes if isinstance(n.target, Constant)]
     assert constant() is constant()
+
+
+def test_a_table_is_a_constant_alone():
+    def bias(x):
+        return x + torch.ops.tileweld.table("log(max(t, 1))", 0, 5, [], torch.device("cpu"))
+
+    gm, count = folded(bias, torch.randn(5))
+    assert count == 1
+    x = torch.randn(5)
+    torch.testing.assert_close(assemble(gm)([x])[0], bias(x), rtol=0, atol=0)
+    assert folded(lambda x: x + torch.ops.tileweld.table("t*n0", 0, x.shape[0], [x.shape[0]], torch.device("cpu")), torch.randn(5), symbolic=True)[1] == 0
+
+
+def test_tables_are_remembered_and_never_handed_out():
+    first = torch.ops.tileweld.table("2*t", 0, 4, [], torch.device("cpu"))
+    first.zero_()
+    assert torch.ops.tileweld.table("2*t", 0, 4, [], torch.device("cpu")).tolist() == [0, 2, 4, 6]
 
 
 @pytest.mark.parametrize("f", [
