@@ -80,6 +80,10 @@ class _Region:
     def factors(self):
         return [p.factor for p in (*self.k, *self.v) if self.free(p)]
 
+    def moved(self, plan: Plan) -> list[Piece]:
+        """The pieces whose constant the plan moves: the latent itself is key or value."""
+        return [p for p, m in zip([*self.k, *(p for p in self.v if self.free(p))], _moves(self, plan)) if m]
+
 
 def _at(graph: Graph, node: Node, fold: bool, limit: int) -> Match | Kept:
     q, k, v = node.args[:3]
@@ -108,6 +112,8 @@ def _at(graph: Graph, node: Node, fold: bool, limit: int) -> Match | Kept:
     if chosen.plan is naive:
         guard(graph, (q, k, v), chosen, candidates, machine, region.sizes)
         return _in_chunks(graph, region, _words(graph, chosen, naive), hints, limit) or Kept(node, _words(graph, chosen, naive))
+    if reason := why_trained(graph, [p.factor.weight for p in region.moved(chosen.plan)]):  # nothing that who trains should act on
+        return Kept(node, f"{in_words(naive, naive)}; in inference {chosen.plan} is cheaper, but {reason}")
     _check(graph, region, chosen.plan)
     guard(graph, (q, k, v), chosen, candidates, machine, region.sizes)
     inputs = tuple(dict.fromkeys([p.node for p in (*region.q, *region.k, *region.v) if not p.zero] + list(node.args[3])))
@@ -287,14 +293,9 @@ def _all_outside(region: _Region, piece: Piece) -> Iterator[tuple[Node, Node]]:
 
 def _check(graph: Graph, region: _Region, plan: Plan) -> None:
     """Raise Refused where the chosen order may not be taken."""
-    node, moves = region.node, _moves(region, plan)
-    moved = [p for p, m in zip([*region.k, *(p for p in region.v if region.free(p))], moves) if m]
-    if reason := why_trained(graph, [p.factor.weight for p in moved]):
-        raise Refused(f"another order would be cheaper, but {reason}", node, "compile under torch.no_grad(), or freeze the weights")
-    for p in moved:
-        if found := _outside(region, p):
-            user, n = found
-            raise Refused(f"the expanded keys and values are also used by {op_name(user)}, so that they are needed anyway", user if user.op != "output" else n, "cache the latent, and return nothing that is expanded")
+    node, moved = region.node, region.moved(plan)
+    for user, n in filter(None, (_outside(region, p) for p in moved)):
+        raise Refused(f"the expanded keys and values are also used by {op_name(user)}, so that they are needed anyway", user if user.op != "output" else n, "cache the latent, and return nothing that is expanded")
     variant = variant_of([value(c) for c in node.args[3]], *node.args[5:])
     for p in moved:
         if p.factor.bias is None:

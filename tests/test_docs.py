@@ -123,7 +123,7 @@ def test_every_reason_of_a_refusal_is_explained():
     for words in ("used outside the core", "dropout of", "stands between the softmax and v", "softmax runs over", "mixes batch, heads and positions",
                   "in a way that is no sum", "without its maximum subtracted", "a symbolic head dim", "drops its dim", "computes x*x in float16",
                   "gate and up are matmuls of different tensors", "to their product has no scalar expression", "the matmul stays as it is", "an input of the fused matmul is computed from one of its results",
-                  "changes the gradient or autocast mode", "the norm's result is also needed elsewhere", "matmuls at different places read the norm's result", "eps is a tensor", "torch's matmul and the rest apart are faster here", "the expanded keys and values are also used by", "stands between the latent and the keys", "a bias of the keys adds to the scores of a row", "a bias of the values counts once", "another order would be cheaper, but"):
+                  "changes the gradient or autocast mode", "the norm's result is also needed elsewhere", "matmuls at different places read the norm's result", "eps is a tensor", "torch's matmul and the rest apart are faster here", "the expanded keys and values are also used by", "stands between the latent and the keys", "a bias of the keys adds to the scores of a row", "a bias of the values counts once"):
         assert words in page, words
         sources = [p for folder in ("passes", "compiler") for p in (ROOT / folder).rglob("*.py")]
         assert any(words in p.read_text() or words in " ".join(p.read_text().split()) for p in sources) or words == "mixes batch, heads and positions", f"no pass says {words!r} any more"
