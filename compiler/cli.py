@@ -124,7 +124,7 @@ def bench(target: TARGET, device: DEVICE = None, rounds: Annotated[int, typer.Op
 
         given = _parse_options(option)
         targets.check(target, attn)
-        chosen = _device(device, plot)
+        chosen = _device(device, plot, guessed=True)
         if not _debugging():
             warnings.simplefilter("ignore")
 
@@ -181,12 +181,12 @@ def _trace(target, dynamic, train, option, attn, dtype, batch, length, given=Non
             raise
 
 
-def _device(name, plot):
-    """The Device that a command names, before anything is traced; None where none is named. A picture needs one, and matplotlib."""
+def _device(name, plot, guessed=False):
+    """The Device that a command names, before anything is traced; None where none is named. A picture needs one, unless the command finds it out itself, and matplotlib."""
     if plot is not None:
         from .roofline import check
 
-        check(plot, name)
+        check(plot, name, guessed)
     if name is None:
         return None
     from .devices import named

@@ -89,13 +89,13 @@ class Costs:
 
     lines: one a rewrite, then the regions that lowering made. total: the captured graphs op by op, against what runs in their place; where
     there are backward graphs, these too, before op by op as AOTAutograd made them. hints: shape symbol -> traced size. unknown: ops without a
-    row, which count their bytes alone. fallbacks: op -> how many calls of it stay calls of torch's library.
+    row, which count their bytes alone. fallbacks: op -> how many calls of it stay calls of torch's library; calls: those, as (op, node).
     """
 
     def __init__(self, report, launches: list[list[tuple[str, list[Node], list[Node]]]]):
         self.hints = hints([*report.captured, *(a.gm for a in report.aot)])
         self.unknown: Counter = Counter()
-        self.fallbacks: Counter = Counter()
+        self.calls: list[tuple[str, Node]] = []
         self.lines: list[Line] = []
         counts = report.counts
         for rewrite in dict.fromkeys(c.rewrite for c in report.covered):
@@ -141,8 +141,12 @@ class Costs:
         for node in gm.graph.nodes:
             if node not in inside and not isinstance(node.target, (Constant, Folded)) and (counted := cost(Call(node))) is not None:
                 kernels.append(counted)
-                self.fallbacks[Call(node).name.replace("aten::", "")] += 1
+                self.calls.append((Call(node).name, node))
         return kernels
+
+    @property
+    def fallbacks(self) -> Counter:
+        return Counter(name.replace("aten::", "") for name, _ in self.calls)
 
     def evaluated(self) -> tuple[list[Line], Line]:
         """lines and total at the traced sizes."""

@@ -162,6 +162,13 @@ class Report:
         return self.cost.fallbacks
 
     @property
+    def library_calls(self) -> list:
+        """library_calls.LibraryCall for those of them of which there is something to say: experts' products, other libraries' custom ops."""
+        from .library_calls import explained
+
+        return explained(self.cost.calls)
+
+    @property
     def products_left(self) -> list[str]:
         """The user's lines of products that no rewrite took and none refused: two activations with no softmax between, or a score whose softmax was refused."""
         from .ir.graph import is_call, source_of
@@ -183,7 +190,7 @@ class Report:
     def to_json(self) -> str:
         """Counts, fusions, refusals, kernels, softmaxes per graph, costs, library calls and warnings as JSON text."""
         rows = {name: [dataclasses.asdict(x) for x in getattr(self, name)] for name in ("fusions", "kept", "refusals", "kernels", "int8", "folded", "merged", "softmaxes")}
-        return json.dumps({"counts": dict(self.counts), "graphs": len(self.graphs), **rows, "cost": self.cost.to_json(self.device), "fallbacks": dict(self.fallbacks), "warnings": self.warnings}, indent=2)
+        return json.dumps({"counts": dict(self.counts), "graphs": len(self.graphs), **rows, "cost": self.cost.to_json(self.device), "fallbacks": dict(self.fallbacks), "library_calls": [dataclasses.asdict(c) for c in self.library_calls], "warnings": self.warnings}, indent=2)
 
     def __str__(self) -> str:
         return rendered(self.tables())
@@ -215,7 +222,7 @@ class Report:
         if self.merged:
             result.append(_merged(self.merged))
         for (rewrite, reason, cure), rows in _grouped(self.refusals, lambda r: (r.rewrite, r.reason, r.cure)):
-            result.append(_refusal(rewrite, reason, cure, rows))
+            result.append(_in_words("not fused", rewrite, reason, cure, rows))
         if self.kernels:
             table = _table("op", "times", "runs on", "because")
             for (op, implementation, reason), rows in _grouped(self.kernels, lambda k: (k.op, k.implementation, k.reason)):
@@ -232,6 +239,8 @@ class Report:
             result += [table, Text(f"kept in total: {self.folded_bytes:,} bytes, made at the first call and again when a weight changes")]
         if self.fallbacks:
             result.append(Text("calls of torch's library: " + listed(self.fallbacks)))
+        for (op, reason, cure), rows in _grouped(self.library_calls, lambda c: (c.op, c.reason, c.cure)):
+            result.append(_in_words("library", op, reason, cure, rows))
         if left := self.products_left:
             result.append(Text(f"matmuls of two activations that are no attention: {len(left)}, the library's; {_few(list(dict.fromkeys(filter(None, left))))}".rstrip("; ")))
         counted = [s for s in self.softmaxes if s.seen]
@@ -266,8 +275,8 @@ def _merged(rows):
     return table
 
 
-def _refusal(rewrite, reason, cure, rows):
-    """One reason as a block of words: what was not fused, why, where, what to do."""
+def _in_words(head, name, reason, cure, rows):
+    """One reason as a block of words: what was not fused or stays a library's, why, where, what to do."""
     from rich.table import Table
     from rich.text import Text
 
@@ -275,7 +284,7 @@ def _refusal(rewrite, reason, cure, rows):
     grid.add_column(min_width=10)
     grid.add_column()
     times = f", {len(rows)} times" if len(rows) > 1 else ""
-    grid.add_row(Text("not fused", style="bold yellow"), Text(f"{rewrite}{times}", style="bold"))
+    grid.add_row(Text(head, style="bold yellow"), Text(f"{name}{times}", style="bold"))
     grid.add_row("  because", Text(reason))
     grid.add_row("  where", Text(_sources(rows) or "the source line is not known", style="dim"))
     grid.add_row("  to do", Text(cure or "docs/refusals.md explains this reason"))

@@ -7,7 +7,7 @@ from html import escape
 from . import dump
 from .cost_report import listed, ratio, si
 from .options import Options
-from .report import Report, _count, _grouped, _sources
+from .report import Report, _count, _few, _grouped, _sources
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --add: #2da44e33; --del: #cf222e2b; --note: #0969da; }
@@ -30,12 +30,23 @@ def page(report: Report, options: Options, title: str) -> str:
     parts = [f"<h1>{escape(title)}</h1><p>{escape(head)}</p>", *(f"<p>warning: {escape(w)}</p>" for w in report.warnings)]
     fused = [(rewrite, len(rows), _code(detail), _where(rows)) for (rewrite, detail), rows in _grouped(report.fusions, lambda f: (f.rewrite, f.detail))]
     parts.append(_section("Fused", _table(("rewrite", "times", "what", "where"), fused) if fused else "<p>Nothing was fused.</p>"))
-    refused = "".join(_refused(*key, rows) for key, rows in _grouped(report.refusals, lambda r: (r.rewrite, r.reason, r.cure)))
+    refused = "".join(_in_words("not fused", *key, rows) for key, rows in _grouped(report.refusals, lambda r: (r.rewrite, r.reason, r.cure)))
     parts.append(_section("Refused", refused or "<p>Nothing was refused.</p>"))
+    kept = [(rewrite, len(rows), _code(detail), _where(rows)) for (rewrite, detail), rows in _grouped(report.kept, lambda f: (f.rewrite, f.detail))]
+    if kept:
+        parts.append(_section("Best as it is", _table(("rewrite", "times", "what", "where"), kept)))
     runs = [(op, len(rows), _code(name), escape(reason)) for (op, name, reason), rows in _grouped(report.kernels, lambda k: (k.op, k.implementation, k.reason))]
     if runs:
         parts.append(_section("What the fused ops run on", _table(("op", "times", "runs on", "because"), runs)))
     parts.append(_section("Cost", _costs(report)))
+    calls = "".join(_in_words("library", *key, rows) for key, rows in _grouped(report.library_calls, lambda c: (c.op, c.reason, c.cure)))
+    left = "".join(f"<li>{escape(where)}</li>" for where in dict.fromkeys(filter(None, report.products_left)))
+    left = f"<p>Matmuls of two activations that are no attention, the library's:</p><ul>{left}</ul>" if left else ""
+    parts.append(_section("Calls of torch's library", f"<p>{escape(listed(report.fallbacks) or 'none')}</p>{calls}{left}"))
+    if report.folded:
+        folded = [(_code(", ".join(operations)), len(rows), f"{size:,}", escape(_few([", ".join(r.weights) for r in rows])))
+                  for (operations, size), rows in _grouped({(f.key, f.weights): f for f in report.folded}.values(), lambda f: (f.operations, f.bytes))]
+        parts.append(_section("Kept, computed from weights alone", _table(("computed by", "times", "bytes", "weights"), folded)))
     seen = [(n, s.seen, s.fused, s.refused, s.other) for n, s in enumerate(report.softmaxes)]
     parts.append(_section("Softmaxes", _table(("graph", "seen", "fused into attention", "refused", "no attention core"), seen)))
     diffs = [_details(f"graph {n}: what the passes changed", _diff(a, b), n == 0) + _details(f"graph {n}: all of it, after the passes", f"<pre>{escape(dump.text(b))}</pre>")
@@ -48,7 +59,7 @@ def page(report: Report, options: Options, title: str) -> str:
 
 
 def _costs(report) -> str:
-    """A row a rewrite and the total, at the traced sizes; the library's calls; the polynomials where sizes are symbolic."""
+    """A row a rewrite and the total, at the traced sizes; the polynomials where sizes are symbolic; ops without a row."""
     lines, total = report.cost.evaluated()
     device = report.device
     rows = []
@@ -60,7 +71,8 @@ def _costs(report) -> str:
     table = _table(("rewrite", "kernels", "bytes moved", "FLOPs", "FLOPs a byte", *([f"roofline, {escape(device.name)}"] if device else [])), rows)
     after = report.cost.total.after
     symbolic = f"<p>After, in symbols: FLOPs = {_code(str(after.flops))}, bytes = {_code(str(after.bytes))}</p>" if after.flops.free_symbols | after.bytes.free_symbols else ""
-    return table + symbolic + f"<p>Calls of torch's library: {escape(listed(report.fallbacks) or 'none')}</p>"
+    unknown = f"<p>Counted by their bytes alone: {escape(listed(report.cost.unknown))}</p>" if report.cost.unknown else ""
+    return table + symbolic + unknown
 
 
 def _section(title, body) -> str:
@@ -84,8 +96,8 @@ def _where(rows) -> str:
     return f'<span class="where">{escape(_sources(rows))}</span>'
 
 
-def _refused(rewrite, reason, cure, rows) -> str:
-    entries = (("not fused", f"<b>{escape(rewrite)}</b>, {_count(len(rows), 'time')}"), ("because", escape(reason)), ("where", _where(rows) or "not known"), ("to do", escape(cure) or "-"))
+def _in_words(head, name, reason, cure, rows) -> str:
+    entries = ((head, f"<b>{escape(name)}</b>, {_count(len(rows), 'time')}"), ("because", escape(reason)), ("where", _where(rows) or "not known"), ("to do", escape(cure) or "-"))
     return '<dl class="refused">' + "".join(f"<dt>{name}</dt><dd>{said}</dd>" for name, said in entries) + "</dl>"
 
 

@@ -18,9 +18,9 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8
 FORMATS = (".png", ".svg", ".pdf")
 
 
-def check(path: Path, device: str | None) -> None:
-    """Raise, before anything is traced, what would keep a picture from being drawn."""
-    if device is None:
+def check(path: Path, device: str | None, guessed: bool = False) -> None:
+    """Raise, before anything is traced, what would keep a picture from being drawn. guessed: no device need be named, it is the one that runs."""
+    if device is None and not guessed:
         raise OptionError("a roofline is that of a device", where="--plot", cure="add --device h200, a100, 4090 or cpu")
     if path.suffix.lower() not in FORMATS:
         raise OptionError(f"cannot draw {path.suffix or 'a file without an ending'}", where=f"--plot {path}", cure=f"end it with {', '.join(FORMATS)}")
@@ -57,19 +57,21 @@ def draw(costs: Costs, device: Device, path: Path, *, title: str = "", measured:
     for name, peak in peaks.items():
         ridge = peak / device.bandwidth
         axes.plot([left, ridge, right], [left * device.bandwidth, peak, peak], color="#444", linewidth=1.4, zorder=1)
-        axes.annotate(f"{name}: {_si(peak)}FLOP/s", (right, peak), xytext=(-4, 4), textcoords="offset points", ha="right", fontsize=9, color="#444")
+        axes.annotate(f"{name}: {_si(peak)}FLOP/s", (right, peak), xytext=(-4, 10), textcoords="offset points", ha="right", fontsize=9, color="#444")
     axes.annotate(f"{_si(device.bandwidth)}B/s", (left * 1.1, left * 3 * device.bandwidth), fontsize=9, color="#444")
     for number, (line, before, after) in enumerate(shown):
         colour = "black" if line.name == "total" else COLOURS[number % len(COLOURS)]
         times = "" if line.name == "total" else f" x{line.times}"
-        label = f"{line.name}{times}: {len(line.before.kernels)} kernels -> {len(line.after.kernels)}"
+        seconds = [work.seconds(device) for work in (line.before, line.after)]
+        label = f"{line.name}{times}: {len(line.before.kernels)} kernels -> {len(line.after.kernels)}" + (", {}s -> {}s".format(*map(_si, seconds)) if all(seconds) else "")
         if before and after:
             axes.annotate("", after, before, arrowprops={"arrowstyle": "->", "color": colour, "alpha": 0.6, "shrinkA": 5, "shrinkB": 5}, zorder=2)
         if before:
             axes.scatter(*before, s=60, facecolors="white", edgecolors=colour, linewidths=1.6, zorder=3)
         axes.scatter(*(after or before), s=60, color=colour, label=label, zorder=3, **({"marker": "x"} if not after else {}))
+    work = costs.evaluated()[1].after.flops  # what the measured rates are rates of
     for number, (name, x, y) in enumerate(measured):
-        axes.scatter(x, y, s=70, marker="+x1234"[number % 6], color="#555", label=f"measured: {name}", zorder=4)
+        axes.scatter(x, y, s=70, marker="+x1234"[number % 6], color="#555", label=f"measured: {name}, {_si(float(work) / y)}s", zorder=4)
     axes.set(xscale="log", yscale="log", xlim=(left, right), xlabel="FLOPs a byte moved", ylabel="FLOP/s", title=f"{title} on {device.name}: before (hollow) and after (filled)".strip())
     low = min([*ys, left * device.bandwidth * 4])
     axes.set_ylim(10 ** math.floor(math.log10(low / 1.5)), max(peaks.values()) * 3)

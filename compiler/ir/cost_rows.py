@@ -187,6 +187,8 @@ ROWS: dict[str, Row] = {
     "aten::convolution": Row(matmul=_convolution), "aten::conv1d": Row(matmul=_convolution), "aten::conv2d": Row(matmul=_convolution), "aten::conv3d": Row(matmul=_convolution),
     "aten::einsum": Row(matmul=_einsum),
     "aten::_grouped_mm": Row(matmul=lambda c: 2 * elements(c["self"]) * size(c["mat2"].shape[-1])),
+    "transformers::grouped_mm_fallback": Row(matmul=lambda c: 2 * elements(c["input"]) * size(c["weight"].shape[-1])),
+    "transformers::grouped_mm_fallback_backward": Row(matmul=lambda c: 4 * elements(c["input"]) * size(c["weight"].shape[-1])),
     # attention
     **dict.fromkeys(("tileweld::attention", "tileweld::attention_lse", "tileweld::attention_parts"), Row(matmul=_attention, vector=_attention_vector)),
     "tileweld::merge_lse": Row(vector=lambda c: 2 * elements(c.out) * len(c["outs"]) + 4 * elements(c.outs[1]) * len(c["lses"])),  # a product and a sum an element; maximum, difference, exp, sum a row

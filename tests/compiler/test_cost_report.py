@@ -1,6 +1,7 @@
 """The cost part of the report: what a rewrite saves, in numbers counted by hand; that compiling counts nothing; tables, JSON, HTML, the picture."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from typer.testing import CliRunner
 import tileweld
 from tileweld.compiler.cli import app
 from tileweld.compiler.cost_report import Line, Work, si
-from tileweld.compiler.devices import Device
+from tileweld.compiler.devices import Device, named
+from tileweld.compiler.errors import OptionError
 from tileweld.compiler.explain import trace
 from tileweld.compiler.ir import cost as cost_module
 from tileweld.compiler.report import Report
+from tileweld.compiler.roofline import check, draw
 
 DEVICE = Device("toy", {"float32": 100.0}, 10.0, 1000.0)
 
@@ -158,7 +161,19 @@ def test_explain_names_a_device_and_draws(tmp_path):
     text = picture.read_text()
     for words in ("attention x2", "total: ", "float32: 67 TFLOP/s", "4.8 TB/s", "FLOPs a byte moved", "models:llama_gqa on h200"):
         assert words in text, words
+    assert re.search(r"attention x2: \d+ kernels -(?:>|&gt;) 2, [\d.]+ [un]s -(?:>|&gt;) [\d.]+ [un]s", text)
     assert matplotlib.get_backend  # drawn without a window system
+
+
+def test_a_benchmarks_picture_is_of_the_device_that_ran(tmp_path):
+    pytest.importorskip("matplotlib", reason="the picture needs tileweld[plot]")
+    check(tmp_path / "x.svg", None, guessed=True)
+    with pytest.raises(OptionError, match="a roofline is that of a device"):
+        check(tmp_path / "x.svg", None)
+    report = tileweld.explain(lambda x, w: torch.relu(x @ w), torch.randn(8, 16), torch.randn(16, 4))
+    draw(report.cost, named("h200"), tmp_path / "x.svg", title="f", measured=[("eager", 2.0, 1e9)])
+    flops = float(report.cost.evaluated()[1].after.flops)
+    assert f"measured: eager, {flops / 1e9 * 1e6:.3g} us" in (tmp_path / "x.svg").read_text()
 
 
 @pytest.mark.parametrize(("words", "said"), [

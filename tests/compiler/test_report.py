@@ -59,7 +59,7 @@ def test_a_warning_is_listed_once(report):
 def test_json_holds_everything(report):
     made = json.loads(report.to_json())
     assert made["counts"] == {"attention": 4, "rms_norm": 1} and len(made["refusals"]) == 2
-    assert set(made) == {"counts", "graphs", "fusions", "kept", "refusals", "kernels", "int8", "folded", "merged", "softmaxes", "cost", "fallbacks", "warnings"}
+    assert set(made) == {"counts", "graphs", "fusions", "kept", "refusals", "kernels", "int8", "folded", "merged", "softmaxes", "cost", "fallbacks", "library_calls", "warnings"}
     assert made["cost"]["total"]["before"]["kernels"] == 0 and made["fallbacks"] == {}
 
 
