@@ -68,12 +68,13 @@ def find(key: str, report: Report) -> Callable | None:
     kernels = [Kernel(**fields) for fields in entry["built"]]
     launchers = [_launcher(kernel, *library) for kernel, library in zip(kernels, entry["libraries"])]
     if None in launchers:
+        cache.forget(key, SUFFIX)  # built again, a library may have other bytes: gold links differently each time
         return None
     objects = {name: _made(recipe, launchers) for name, recipe in entry["objects"].items()}
     text = Text(**entry["text"] | {"objects": objects, "device": torch.device(entry["text"]["device"]) if entry["text"]["device"] else None})
     number = report.restore([k for k in kernels if k != DRIVER], {name: [row(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}) for fields in entry[name]] for name, row in _ROWS.items()})
     log.get("runtime").info("graph %d: executable %s of an earlier process, %d kernels", number, key[:12], len(kernels))
-    return _unboxed(load(text), entry["no_grad"])
+    return unboxed(load(text), entry["no_grad"])
 
 
 def _launcher(kernel: Kernel, name: str, digest: str) -> CppLauncher | None:
@@ -85,7 +86,7 @@ def _launcher(kernel: Kernel, name: str, digest: str) -> CppLauncher | None:
         return None
 
 
-def _unboxed(graph: Callable, no_grad: bool) -> Callable:
+def unboxed(graph: Callable, no_grad: bool) -> Callable:
     """What AOT's wrapper is for such a graph: arguments as a list, without gradients."""
     def run(*arguments):
         return graph(list(arguments))
