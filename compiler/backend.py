@@ -35,7 +35,7 @@ def tileweld(gm: GraphModule, example_inputs, *, options=None, mode=None, report
     keep, report = report is not None, report if report is not None else Report(detailed=False)  # keep: somebody will look, hold the graphs behind AOT too
     key = executable_cache.key(gm, example_inputs, options, mode, report) if build else None
     if key is not None and (found := executable_cache.find(key, report)) is not None:
-        watch(gm, report)
+        watch(gm, report, bool(options and options.get("strict")))
         return found
     return _compile(gm, example_inputs, options, mode, report, build, keep, key)
 
@@ -67,7 +67,7 @@ def _compile(gm: GraphModule, example_inputs, options, mode, report: Report, bui
     try:
         rewritten = rewrite(gm, example_inputs, checked, report)
         number = len(report.graphs) - 1
-        watch(gm, report)
+        watch(gm, report, checked.strict)
         log.get("passes").info("graph %d: %s", number, dict(report.counts) or "nothing fused")
         warnings = len(report.warnings)
 

@@ -2,8 +2,8 @@
 
     DegradedWarning: graph break: Unsupported Tensor.item() call (model.py:41); what lies on its two sides is compiled apart; ...
 
-Three things degrade: Dynamo gives a function up after `torch._dynamo.config.recompile_limit` compilations, a graph break splits a graph,
-a kernel cannot be built. A warning, never an error, but for the last under strict.
+Four things degrade: Dynamo gives a function up after `torch._dynamo.config.recompile_limit` compilations, a graph break splits a graph,
+a fused op has no kernel, a kernel cannot be built. Under strict all but the graph break, which has torch's own fullgraph=True, are errors.
 """
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import warnings
 import weakref
 
 from .capture import compiled_frame
+from .errors import DegradedError
 from .report import Report
 
 _said: set[str] = set()
-_frames: dict[int, tuple[weakref.ref, str]] = {}  # Dynamo's number of a function that we compile -> its report, and its file: torch._dynamo.reset() counts from 0 again
+_frames: dict[int, tuple[weakref.ref, str, bool]] = {}  # Dynamo's number of a function that we compile -> its report, its file, strict: torch._dynamo.reset() counts from 0 again
 LIMIT = "hit config."
 
 
@@ -41,12 +42,12 @@ def degrade(report: Report | None, what: str, where: str = "", cure: str = "") -
         warnings.warn(warning, stacklevel=3)
 
 
-def watch(gm, report: Report) -> None:
-    """Called with every graph that Dynamo hands over: notes the function it is from, and says where a graph break ended it."""
+def watch(gm, report: Report, strict: bool = False) -> None:
+    """Called with every graph that Dynamo hands over: notes the function it is from, and says where a graph break ended it. strict: its recompile limit is an error."""
     frame, reason = compiled_frame(), getattr(gm, "compile_subgraph_reason", None)  # Dynamo's GraphCompileReason
     if frame is not None:
         stack = reason.user_stack if reason is not None else None
-        _frames[frame] = weakref.ref(report), f"'{stack[0].name}' ({stack[0].filename}:" if stack else ""
+        _frames[frame] = weakref.ref(report), f"'{stack[0].name}' ({stack[0].filename}:" if stack else "", strict
         logger = logging.getLogger("torch._dynamo.convert_frame")
         if _limit_handler not in logger.handlers:
             logger.addHandler(_limit_handler)
@@ -64,13 +65,20 @@ class _LimitHandler(logging.Handler):
     """Dynamo says that it gives a function up in its log alone. The record comes while it compiles, so that the function is known by its number."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        error = None
         try:
             message = record.getMessage()
-            report, function = _frames.get(compiled_frame(), (None, ""))
+            report, function, strict = _frames.get(compiled_frame(), (None, "", False))
             if LIMIT in message and report is not None and function in message:
-                degrade(report(), *recompiled(message))
+                what, where, cure = recompiled(message)
+                if strict:
+                    error = DegradedError(what, where=where, cure=cure)
+                else:
+                    degrade(report(), what, where, cure)
         except Exception:  # a log handler must not make the model fail
             self.handleError(record)
+        if error is not None:  # from inside Dynamo's compilation: it reaches the caller of the function
+            raise error
 
 
 def recompiled(message: str) -> tuple[str, str, str]:

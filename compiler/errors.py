@@ -91,6 +91,10 @@ class UnsupportedError(TileweldError):
     """The request has a meaning, but this target has no kernel for it (a dtype, a head dim, a device)."""
 
 
+class DegradedError(TileweldError):
+    """With options={"strict": True}: a function that Dynamo gives up at its recompile limit. Without strict a `DegradedWarning`."""
+
+
 class RefusalError(TileweldError):
     """With options={"strict": True}: a rewrite was refused. `rewrite` is its stem, `what` the reason."""
 

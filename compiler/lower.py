@@ -21,7 +21,7 @@ from ..runtime.source_module import load_python_source
 from .assemble import assemble
 from .constants import fold_constants
 from .degrade import degrade
-from .errors import BuildError, CompilerNotFound, UnsupportedError
+from .errors import BuildError, CompilerNotFound, TileweldError, UnsupportedError
 from .folded import Folded, fold_weights
 from .int8_choice import replaceable, to_floats, uses
 from .ir.graph import is_tensor, source_of, value
@@ -154,13 +154,13 @@ def _build(choices: dict[str, Choice], options: Options, report: Report) -> dict
         libraries = compile_cpp([CppUnit(k.name, k.source, k.link_torch) for k in cpp])
         made |= {k.source: CppLauncher(library, k.entry) for k, library in zip(cpp, libraries)}
     except CompilerNotFound as error:
-        _degrade(str(error), error, options, report)
+        _degrade(error, options, report)
     except BuildError:  # one of them does not compile: the others still do
         for k in cpp:
             try:
                 made[k.source] = CppLauncher(compile_cpp([CppUnit(k.name, k.source, k.link_torch)])[0], k.entry)
             except BuildError as error:
-                _degrade(str(error), error, options, report)
+                _degrade(error, options, report, DRIVERLESS if k is launches.KERNEL else SLOW)
     for choice in choices.values():
         k = choice.kernel
         if k.language == "triton":
@@ -171,11 +171,19 @@ def _build(choices: dict[str, Choice], options: Options, report: Report) -> dict
                 else:
                     made[k.source] = getattr(load_python_source(k.name, k.source), k.entry)
             except Exception as error:  # triton raises many kinds while it reads a source
-                _degrade(f"{k.name}: {error}", error, options, report)
+                _degrade(error, options, report, name=k.name)
     return made
 
 
-def _degrade(message: str, error: Exception, options: Options, report: Report) -> None:
+SLOW = "the ops run on their definition in torch, which is slow"
+DRIVERLESS = "every kernel is called from Python, which costs a few microseconds each"  # what walks a run's table (runtime/launches.py) is missing, no kernel is
+
+
+def _degrade(error: Exception, options: Options, report: Report, result: str = SLOW, name: str = "") -> None:
+    """A kernel that could not be built: an error under strict, else what, where and cure, with the compiler's first complaint of many lines."""
     if options.strict:
         raise error
-    degrade(report, message, cure="the ops run on their definition in torch, which is slow; options={'strict': True} makes it an error")
+    ours = isinstance(error, TileweldError)
+    complaint = next((line.strip() for line in getattr(error, "stderr", "").splitlines() if "error" in line), "")
+    what = (error.what if ours else f"{name}: {error}") + (f": {complaint}" if complaint else "")
+    degrade(report, what, (error.where if ours else None) or "", "; ".join(x for x in (error.cure if ours else None, result, "options={'strict': True} makes it an error") if x))

@@ -27,7 +27,7 @@ def _passes_ok(value) -> bool:
 TABLE: dict[str, Option] = {
     "target": Option("auto", " | ".join(TARGETS), "what kernels are generated for; auto: triton on a GPU, cpp on a CPU, reference for dtypes without a kernel", lambda v: v in TARGETS),
     "verify": Option(False, "True | False", "replay every rewrite in float64 on random inputs at compile time and refuse what differs", lambda v: isinstance(v, bool)),
-    "strict": Option(False, "True | False", "raise RefusalError where a rewrite is refused, and BuildError where a kernel cannot be built", lambda v: isinstance(v, bool)),
+    "strict": Option(False, "True | False", "raise RefusalError where a rewrite is refused, UnsupportedError where a fused op has no kernel, BuildError where a kernel cannot be built, DegradedError at Dynamo's recompile limit", lambda v: isinstance(v, bool)),
     "fold_weights": Option(True, "True | False", "in inference, keep what depends on weights alone between calls, and compute it again when they change; False: compute it at every call", lambda v: isinstance(v, bool)),
     "passes": Option({}, "{pass name: True | False}", "turn passes on or off by name", _passes_ok),
     "int8": Option(None, "weight_only | dynamic | llm_int8 | {'scheme': ..., 'group': 0, 'skip': [], 'lm_head': None, 'threshold': 6.0, 'force': False}", "in inference, run matrix products with weights of int8; see int8.md", lambda v: v is None or bool(Int8.parse(v))),

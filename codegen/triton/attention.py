@@ -84,15 +84,20 @@ def attention(tensors, ints, floats):
         launch_prefill($outputs, q, $keys, v, captures, ints)
 
 
+def index_type(*tensors):
+    """tl.int64 where two elements of a tile, at most 1024 rows, may be 2^31 or more apart."""
+    return tl.int64 if any(min(t.shape[2], 1024) * t.stride(2) + t.shape[3] * t.stride(3) >= 2**31 for t in tensors) else tl.int32
+
+
 def launch_prefill($outputs, q, $keys, v, captures, ints):
     B, H, Tq, _ = q.shape
     Tk = k.shape[2]
-    arguments = ($prefill_call)
+    arguments, index = ($prefill_call), index_type(out, q, $keys, v)
 
     def launch(config):
         block_m, block_n, num_warps, num_stages = config
         grid = (triton.cdiv(Tq, block_m) * B * H,)
-        return attention_kernel[grid](*arguments, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+        return attention_kernel[grid](*arguments, BLOCK_M=block_m, BLOCK_N=block_n, INDEX=index, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
 
     launch(pick(attention_kernel, CONFIGS, (B * H, Tq, Tk), q.device, launch))
 
@@ -113,7 +118,7 @@ def launch_decode($outputs, q, $keys, v, captures, ints):
             m, l = torch.empty((2, B * H * Tq, splits), dtype=torch.float32, device=q.device)
             near = torch.empty(B * H * Tq, dtype=torch.int32, device=q.device)
         arguments = ($decode_call)
-        options = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+        options = dict(BLOCK_M=block_m, BLOCK_N=block_n, INDEX=index_type(out, q, $keys, v), num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
         compiled = decode_kernel[(programs, splits)](*arguments, SPLIT=splits > 1, REDO=False, **options)
         if splits > 1:
             combine_kernel[(B * H * Tq,)](out, acc, m, l, $near, out.stride(0), out.stride(1), out.stride(2), out.stride(3), H, Tq, splits,
@@ -131,12 +136,12 @@ for backend in ("cuda", "ampere", "hip"):
         AOT.append(dict(
             kernel="attention_kernel", backend=backend, config=config,
             $prefill_aot
-            constants=dict($prefill_constants, BLOCK_M=config[0], BLOCK_N=config[1])))
+            constants=dict($prefill_constants, BLOCK_M=config[0], BLOCK_N=config[1], INDEX=tl.int32)))
     for config in DECODE_CONFIGS[backend]:
         AOT.append(dict(
             kernel="decode_kernel", backend=backend, config=config,
             $decode_aot
-            constants=dict($decode_constants, BLOCK_M=config[0], BLOCK_N=config[1], SPLIT=True, REDO=False)))
+            constants=dict($decode_constants, BLOCK_M=config[0], BLOCK_N=config[1], SPLIT=True, REDO=False, INDEX=tl.int32)))
     AOT.append(dict(
         kernel="combine_kernel", backend=backend, config=(16, 4, 3),
         $combine_aot
@@ -179,8 +184,8 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         divisible = [name for name, kind in types.items() if kind[0] == "*" or (name.startswith("stride") and kind != "constexpr")]
         return [f"signature={types!r},", f"divisible_by_16={divisible!r},"], ", ".join(f"{name}=1" for name in parameters if name in units)
 
-    prefill_aot, prefill_constants = aot(text.prefill, "BLOCK_M", "BLOCK_N")
-    decode_aot, decode_constants = aot(text.decode, "BLOCK_M", "BLOCK_N", "SPLIT", "REDO")
+    prefill_aot, prefill_constants = aot(text.prefill, "BLOCK_M", "BLOCK_N", "INDEX")
+    decode_aot, decode_constants = aot(text.decode, "BLOCK_M", "BLOCK_N", "SPLIT", "REDO", "INDEX")
     combine_aot, _ = aot(combine_parameters(lse), "SPLITS")
     dtype = _name(q_dtype)
     captures = ", ".join(f"c{k} {str(d).removeprefix('torch.')}[{rank}-d]" for k, (d, rank) in enumerate(zip(capture_dtypes, capture_ranks, strict=True)))

@@ -8,7 +8,7 @@ With a finite fill, rows that only the joined maximum shows to be near it are co
 """
 from __future__ import annotations
 
-from .kernel import AttentionText
+from .kernel import AttentionText, widened_strides
 from .source import fill
 
 DECODE = '''
@@ -16,6 +16,7 @@ DECODE = '''
 def decode_kernel($arguments):
     """Grid (batch * KV head * row block, split). SPLIT: write (acc, m, l) of a share of the keys; else the output.
     REDO: all keys, for the rows that combine_kernel marked."""
+    $wide
     blocks = tl.cdiv(Tq * GROUP_K, BLOCK_M)
     block = tl.program_id(0) % blocks
     pair = tl.program_id(0) // blocks
@@ -110,8 +111,8 @@ def decode_kernels(text: AttentionText, parameters: list[str], captures: list[st
                 partial=[f"tl.store(acc_rows + vdims{n}[None, :], acc{n}, mask=(i < Tq){_inside(c, f'vdims{n}[None, :]')})" for n, c in enumerate(text.v_chunks)])
     names, unspecialized = text.parameters(body, captures, sizes)
     text.decode = ["out_ptr", "acc_ptr", "m_ptr", "l_ptr", "near_ptr", *parameters[1:], *names, "splits"]
-    constants = [f"{name}: tl.constexpr" for name in ("BLOCK_M", "BLOCK_N", "SPLIT", "REDO")]
-    kernel = fill(DECODE, arguments=", ".join([*text.decode, *constants]), unspecialized=unspecialized + ', "splits"', value_dim=text.value_dim, **body)
+    constants = [f"{name}: tl.constexpr" for name in ("BLOCK_M", "BLOCK_N", "SPLIT", "REDO", "INDEX")]
+    kernel = fill(DECODE, arguments=", ".join([*text.decode, *constants]), unspecialized=unspecialized + ', "splits"', value_dim=text.value_dim, wide=widened_strides(parameters), **body)
     outputs = []
     for n, c in enumerate(text.v_chunks):
         outputs += [f"vdims{n} = {c.start} + tl.arange(0, {c.width})",

@@ -32,7 +32,7 @@ def launch_tiled(config, tensors, ints, floats):
     bad = torch.empty(M, dtype=torch.int32, device=x.device)
     $prepare
     BLOCK_M = BLOCK_M or max(16, min(64, triton.next_power_of_2(M)))
-    EVEN_K, INDEX = K % BLOCK_K == 0, index_type($indexed)
+    EVEN_K, INDEX = K % BLOCK_K == 0, index_type($indexed, t)
     tiles = triton.cdiv(M, BLOCK_M) * programs(weights, BLOCK_N)
     splits = split_count(tiles, triton.cdiv(K, BLOCK_K), x.device)
     partial = step  # not touched without splits

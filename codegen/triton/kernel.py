@@ -54,6 +54,7 @@ m = m_new
 KERNEL = '''
 @triton.jit(do_not_specialize=[$unspecialized])
 def attention_kernel($arguments):
+    $wide
     blocks = tl.cdiv(Tq, BLOCK_M)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks
@@ -64,7 +65,7 @@ def attention_kernel($arguments):
     i_hi = tl.minimum(i0 + BLOCK_M, Tq) - 1
     rows = i0 + tl.arange(0, BLOCK_M)
     i = rows[:, None]
-    # offsets of batches, heads and blocks in 64 bits; inside a tile 32 bits are enough
+    # offsets of batches, heads and blocks in 64 bits; inside a tile 32 bits, where the host has found them to be enough
     local = tl.arange(0, BLOCK_M)[:, None]
     q_rows = q_ptr + tl.cast(b, tl.int64) * stride_qb + tl.cast(h, tl.int64) * stride_qh + tl.cast(i0, tl.int64) * stride_qi + local * stride_qi
     $keys
@@ -78,6 +79,11 @@ def attention_kernel($arguments):
     $exact
     $finish
 '''
+
+
+def widened_strides(parameters: list[str]) -> list[str]:
+    """Where a tile's offsets leave 32 bits they are products with strides of 64."""
+    return ["if INDEX == tl.int64:", *(f"    {name} = tl.cast({name}, tl.int64)" for name in parameters if name.startswith("stride_") and name[-1] in "ijd")]
 
 
 class AttentionText:
@@ -319,7 +325,7 @@ class AttentionText:
                     exact=self.exact(self.arguments), finish=self.finish())
         names, unspecialized = self.parameters(body, captures, sizes)
         self.prefill = [*parameters, *names]
-        return fill(KERNEL, arguments=", ".join([*self.prefill, "BLOCK_M: tl.constexpr", "BLOCK_N: tl.constexpr"]), unspecialized=unspecialized, **body)
+        return fill(KERNEL, arguments=", ".join([*self.prefill, "BLOCK_M: tl.constexpr", "BLOCK_N: tl.constexpr", "INDEX: tl.constexpr"]), wide=widened_strides(parameters), unspecialized=unspecialized, **body)
 
     def parameters(self, body: dict, captures: list[str], sizes: list[str]) -> tuple[list[str], str]:
         """(parameters of captures and sizes that the kernel reads, the text that keeps Triton from compiling anew for each size)."""
