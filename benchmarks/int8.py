@@ -36,8 +36,8 @@ torch._dynamo.config.recompile_limit = 64  # one limit for all contenders of a m
 COLUMNS = ["contender", "median_ms", "min_ms", "max_ms", "float/it", "it/ours", "error", "first call s"]
 
 
-def tileweld(model, scheme: str | dict | None = None):
-    return torch.compile(model, backend="tileweld", options={"int8": scheme} if scheme else None)
+def tileweld(model, scheme: str | dict | None = None, **options):
+    return torch.compile(model, backend="tileweld", options=options | ({"int8": scheme} if scheme else {}))
 
 
 def torchao(model, config: str):
@@ -191,6 +191,8 @@ def case_decode() -> dict:
                 "torchao weight-only": torchao(model, "Int8WeightOnlyConfig"), "torchao dynamic": torchao(model, "Int8DynamicActivationInt8WeightConfig")}
     calls = {name: (lambda forward=forward: forward(token, cache, position)) for name, forward in forwards.items() if forward is not None}
     calls["tileweld weight_only, float16 KV"] = lambda: forwards["tileweld weight_only"](token, halves, position)
+    unguarded = tileweld(model, "weight_only", guard_filter_fn=torch.compiler.skip_all_guards_unsafe)  # who knows that model and shapes stay as they are, as llama.cpp does, may tell torch
+    calls["tileweld weight_only, float16 KV, no guards"] = lambda: unguarded(token, halves, position)
     weights = [torch.randint(-127, 127, p.shape, dtype=torch.int8) for p in model.parameters() if p.dim() == 2 and p is not model.embed_tokens.weight]
     bytes_read = sum(w.numel() for w in weights)
     words = [w.view(torch.int64) for w in weights]
