@@ -251,7 +251,8 @@ def _sizes_of(at, node, x) -> list:
     own = [s if isinstance(s, int) else at(aten.sym_size.int, x, d) for d, s in enumerate(value(x).shape)]
     if node.target is aten.unflatten.int:
         d = node.args[1] % len(own)
-        return [*own[:d], *node.args[2], *own[d + 1:]]
+        made = [n if isinstance(n, int) else s for s, n in zip(node.args[2], value(node).shape[d:])]  # -1 is of this dimension: of a tensor without elements a reshape could not tell it
+        return [*own[:d], *made, *own[d + 1:]]
     first, last = (argument(node, n, name, default) % max(len(own), 1) for n, name, default in ((1, "start_dim", 0), (2, "end_dim", -1)))
     if not own:
         return [1]

@@ -28,7 +28,7 @@ from torch.fx import Graph, Node
 from ..compiler.ir.graph import insert, is_call, is_tensor, value
 from ..compiler.ir.linear import compute_dtype
 from ..compiler.ir.products import Product, products
-from ..compiler.ir.rewrite import Match, Refusal
+from ..compiler.ir.rewrite import Kept, Match, Refusal
 from ..compiler.ir.unliftable import Unliftable
 from ..compiler.ir.weights import constants, is_constant, is_int8, why_trained
 
@@ -72,7 +72,7 @@ class _Affine:
         return [t for t in self.terms if len(t.products) == 2]
 
 
-def find(graph: Graph, fold: bool = True) -> Iterator[Match | Refusal]:
+def find(graph: Graph, fold: bool = True) -> Iterator[Match | Refusal | Kept]:
     """Every sum of a linear and adapters, and every pair of linears whose product is smaller than both."""
     if not fold:
         return
@@ -88,7 +88,7 @@ def find(graph: Graph, fold: bool = True) -> Iterator[Match | Refusal]:
             if form.base is not None:
                 yield Refusal("the adapter stays apart: the weight is held as int8, merged it would have to be floats again", held, "merge the adapter first, then quantize_; or quantise with options={'int8': ...}, which comes after merging")
         elif reason := why_trained(graph, sources):
-            yield Refusal(f"the weights stay apart: {reason}", node, "run it under torch.no_grad(), or freeze the model with requires_grad_(False)")
+            yield Kept(node, f"the weights stay apart: {reason}; run under torch.no_grad(), or frozen by requires_grad_(False), they are one")  # no refusal: who trains adapters wants them apart
         elif form.problem is not None:
             yield form.problem
         elif escaping is not None:

@@ -153,7 +153,7 @@ def test_merge_lse(empty):
 def turned(x, w, angles):
     """Llama's rotary in complex numbers, on a projection."""
     y = torch.nn.functional.linear(x, w).unflatten(-1, (2, 8)).float()
-    return torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (4, 2))) * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(-2).type_as(x)
+    return torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(-2).type_as(x)
 
 
 def packed(x, w, cos, sin):

@@ -111,17 +111,25 @@ def test_modules_of_peft(rewriting, config):
                 _, report = rewriting.rewritten(m.train(), torch.randn(3, K))
             assert not report.counts["lora"] and {r.reason for r in report.refusals if r.rewrite == "lora"} == {"dropout is active on the way to an adapter"}
         else:
-            rewriting.refused("lora", m[0].train(), torch.randn(3, K), grad=True, reason="is trained: a gradient is wanted of it")
+            stays_apart(rewriting, m[0].train(), torch.randn(3, K), "is trained: a gradient is wanted of it")
 
 
 # ---------------------------------------------------------------- refused
 
 
+def stays_apart(rewriting, model, x, reason):
+    """Nothing to act on for who trains: kept as it is, and strict does not raise."""
+    got, report = rewriting.rewritten(model, x, grad=True, strict=True)
+    details = [k.detail for k in report.kept if k.rewrite == "lora"]
+    assert not report.counts["lora"] and len(details) == 1 and reason in details[0], details
+    torch.testing.assert_close(got, model(x))
+
+
 def test_trained_adapters_stay_apart(rewriting):
-    rewriting.refused("lora", LoRA(), torch.randn(3, K), grad=True, reason="is trained: a gradient is wanted of it")
+    stays_apart(rewriting, LoRA(), torch.randn(3, K), "is trained: a gradient is wanted of it")
     frozen = LoRA().requires_grad_(False)
     rewriting.check(copy.deepcopy(frozen), torch.randn(3, K), count={"lora": 1}, grad=True)
-    rewriting.refused("lora", frozen, torch.randn(3, K, requires_grad=True), grad=True, reason="the graph is trained")
+    stays_apart(rewriting, frozen, torch.randn(3, K, requires_grad=True), "the graph is trained")
 
 
 def test_gradients_of_what_stays_apart(rewriting):
