@@ -36,7 +36,7 @@ from ..compiler.ir.graph import insert, is_call, op_name, shape, value
 from ..compiler.ir.layout import arrange, layout, size_node, sizes_of_nodes
 from ..compiler.ir.rewrite import Kept, Match, NotThePattern, Refusal, Refused
 from ..compiler.ir.unliftable import Unliftable
-from ..compiler.ir.weights import why_trained
+from ..compiler.ir.weights import is_int8, why_trained
 
 NAME = "reassociate"
 OPTIONS = ("fold_weights", "expanded_kv")
@@ -95,7 +95,7 @@ def _at(graph: Graph, node: Node, fold: bool, limit: int) -> Match | Kept:
         raise NotThePattern
     region.q = trace(q, sc.I)
     region.queries = {p: x for p in region.k if region.free(p) for x in region.q if (x.start, x.stop) == (p.start, p.stop) and x.factor is not None and x.factor.row is not None and x.factor.bias is None
-                      and not x.by_head() and _rests(region, x) is not None}  # else the product with Wq is computed anyway, for who else reads it
+                      and not x.by_head() and not is_int8(x.factor.weight) and _rests(region, x) is not None}  # else the product with Wq is computed anyway, for who else reads it
     machine = GPU.get(value(q).dtype, CPU) if value(q).device.type == "cuda" else CPU
     symbols = {s for e in region.sizes.values() for s in e.free_symbols}
     hints = hints_of((q, k, v), graph, symbols)

@@ -33,8 +33,10 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
-    """Compiled code and its guards never travel from one test to the next; nor does the random state."""
+    """Compiled code and its guards never travel from one test to the next; nor does the random state, nor what was warned of once."""
     torch.manual_seed(0)
+    if "tileweld.compiler.degrade" in sys.modules:
+        sys.modules["tileweld.compiler.degrade"]._said.clear()
     yield
     if "torch._dynamo" in sys.modules:  # importing it costs two seconds; a test that never compiles need not pay them
         torch._dynamo.reset()
