@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compiler.errors import ConversionError
-from ..compiler.ir.huge_pages import settled
+from ..compiler.ir.huge_pages import drop_pages, settled
 from ..compiler.ir.int8_linear import ACTIVATIONS
 from .int8_modules import Int8Embedding, Int8Linear
 from .quantize import _matrix, _put
@@ -110,6 +110,14 @@ def load_quantized(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     return model
 
 
+def _loaded(x: Tensor) -> Tensor:
+    """A tensor of the file. int8 rows are read whole at every step: they move to large pages, and the file's are let go. What is looked up stays in the mapping, of which only what is read becomes resident."""
+    if x.dtype != torch.int8 or (moved := settled(x)) is x:
+        return x
+    drop_pages(x)
+    return moved
+
+
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
@@ -124,7 +132,7 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             problem = _problem(header)
             if problem:
                 raise _foreign(path, problem)
-            return header, {name: settled(file.get_tensor(name)) for name in file.keys()}
+            return header, {name: _loaded(file.get_tensor(name)) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, ConversionError):
             raise

@@ -77,6 +77,13 @@ def settled(x: Tensor) -> Tensor:
     return empty((x.numel(),), x.dtype).as_strided(x.shape, x.stride()).copy_(x)
 
 
+def drop_pages(x: Tensor) -> None:
+    """Let go of the memory beneath a tensor of a mapped file that nobody reads again: what was read of the file would stay resident as long as any tensor of it."""
+    start, end = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE, (x.data_ptr() + x.numel() * x.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < end:
+        _madvise(start, end, mmap.MADV_DONTNEED)
+
+
 def ranges(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """The whole pages inside (start, end) spans, those joined that lie one behind the other: an allocation of a megabyte holds no page, a row of them does."""
     joined: list[list[int]] = []
@@ -111,7 +118,11 @@ def _is_plain(x) -> bool:
 
 def _collapse(wanted: list[tuple[int, int]]) -> None:
     """What fails (memory that is not there any more, an older system, no free page) stays as it is: the call never changes contents, whoever has the memory by then."""
+    for start, end in wanted:
+        _madvise(start, end, MADV_COLLAPSE)
+
+
+def _madvise(start: int, end: int, advice: int) -> None:
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for start, end in wanted:
-        madvise(start, end - start, MADV_COLLAPSE)
+    madvise(start, end - start, advice)
