@@ -17,17 +17,10 @@ from __future__ import annotations
 import re
 
 from .linear_text import LinearText, Loop
+from .linear_templates import K_SHARE
 from .source import fill
 
-INT8_TILED = '''
-$head
-k_first = 0
-k_last = K
-if SPLIT:
-    share = tl.cdiv(tl.cdiv(K, BLOCK_K), splits) * BLOCK_K
-    k_first = split * share
-    k_last = tl.minimum(k_first + share, K)
-ks = tl.arange(0, BLOCK_K)
+INT8_TILED = '\n$head\n' + K_SHARE + '''\
 t_tile = t_ptr + i * tl.cast(K, INDEX) + (k_first + ks).to(INDEX)[None, :]
 $tiles
 $zeros

@@ -30,7 +30,8 @@ i = rows[:, None]
 $columns
 '''
 
-WALK = '''
+#: the columns of K that are a program's, all of them or one share
+K_SHARE = '''\
 k_first = 0
 k_last = K
 if SPLIT:
@@ -38,6 +39,9 @@ if SPLIT:
     k_first = split * share
     k_last = tl.minimum(k_first + share, K)
 ks = tl.arange(0, BLOCK_K)
+'''
+
+WALK = '\n' + K_SHARE + '''\
 x_tile = x_ptr + i * stride_xm + (k_first + ks).to(INDEX)[None, :] * stride_xk
 $tiles
 $squares

@@ -151,3 +151,17 @@ def test_kept_values_and_int8_modules_lie_on_them(monkeypatch):
         used = regions._used
         convert.quantize_(model, "weight_only")
         assert regions._used >= used + 2 * 256 * 512 and (model(x) - expected).norm() < 0.02 * expected.norm()
+
+
+@needs_pages
+def test_dropped_pages_of_a_file_are_read_again_and_its_neighbours_stay(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 1024)
+    whole = torch.from_file(str(path), shared=False, size=256 * 1024, dtype=torch.uint8)
+    before, part = whole.clone(), whole[5000:200_000]
+    whole[:5000].add_(1), whole[200_000:].add_(1)  # private copies of these pages: to drop them would lose what was written
+    expected = whole.clone()
+    huge_pages.drop_pages(part)
+    assert torch.equal(whole, expected) and torch.equal(part, before[5000:200_000])
+    huge_pages.drop_pages(whole[10:20])  # no whole page
+    assert torch.equal(whole, expected)
