@@ -57,7 +57,7 @@ def _no_collection() -> Iterator[None]:
 def _compile(gm: GraphModule, example_inputs, options, mode, report: Report, build: bool, keep: bool, key: str | None):
     """A graph that no process has compiled yet. Its imports are here: they take half a second, and a process that finds all its executables needs none of them."""
     from .. import passes
-    from .ahead import kernels_ahead
+    from .ahead import kernels_ahead, nothing_ahead
     from .aot import compile_graph, guard_count
     from .lower import lower
     from .options import Options
@@ -65,20 +65,21 @@ def _compile(gm: GraphModule, example_inputs, options, mode, report: Report, bui
     checked = Options.parse(options, tuple(p.NAME for p in passes.PIPELINE))
     report.options = checked
     before, guards, executables = report.mark(), guard_count(), []
+
+    def finish(graph: GraphModule, is_backward: bool):
+        if keep:
+            report.aot.append(AotGraph(_copy(graph), is_backward, number))
+        executables.append(lower(graph, checked, report, number, cuda_graphs=mode in GRAPH_MODES and not is_backward) if build else graph.forward)
+        return executables[-1]
+
     try:
-        rewritten = rewrite(gm, example_inputs, checked, report)
-        number = len(report.graphs) - 1
-        watch(gm, report, checked.strict)
-        log.get("passes").info("graph %d: %s", number, dict(report.counts) or "nothing fused")
-        warnings = len(report.warnings)
-
-        def finish(graph: GraphModule, is_backward: bool):
-            if keep:
-                report.aot.append(AotGraph(_copy(graph), is_backward, number))
-            executables.append(lower(graph, checked, report, number, cuda_graphs=mode in GRAPH_MODES and not is_backward) if build else graph.forward)
-            return executables[-1]
-
-        with kernels_ahead(rewritten, checked) if build else contextlib.nullcontext():
+        with kernels_ahead(checked) if build else contextlib.nullcontext(nothing_ahead) as begin:
+            rewritten = rewrite(gm, example_inputs, checked, report, begin)
+            number = len(report.graphs) - 1
+            watch(gm, report, checked.strict)
+            log.get("passes").info("graph %d: %s", number, dict(report.counts) or "nothing fused")
+            warnings = len(report.warnings)
+            begin(rewritten)
             compiled = compile_graph(rewritten, example_inputs, finish)
         if key is not None:
             refused = _not_kept(executables, len(example_inputs), guards, degraded=len(report.warnings) > warnings)
@@ -102,8 +103,8 @@ def _not_kept(executables: list, inputs: int, guards: int, degraded: bool) -> st
     return f"AOT's wrapper has to do with {does}" if (does := wrapper_does(inputs, guards)) else ""
 
 
-def rewrite(gm: GraphModule, example_inputs, options: Options, report: Report) -> GraphModule:
-    """Capture a graph and run the passes over it; the report gains a graph."""
+def rewrite(gm: GraphModule, example_inputs, options: Options, report: Report, settled=None) -> GraphModule:
+    """Capture a graph and run the passes over it; the report gains a graph. settled: see pipeline.run."""
     from .. import passes
     from .autocast import as_it_will_run
     from .capture import cannot_capture, capture
@@ -122,7 +123,7 @@ def rewrite(gm: GraphModule, example_inputs, options: Options, report: Report) -
     label_inputs(gm, captured)
     report.captured.append(_copy(captured))
     with as_it_will_run(captured):
-        rewritten = run(captured, passes.PIPELINE, options, report)
+        rewritten = run(captured, passes.PIPELINE, options, report, settled)
     if report.detailed and options.int8 is not None:
         from . import int8_choice
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 
 from torch.fx import GraphModule, Node
 
@@ -15,8 +16,11 @@ from .report import Fusion, Refused, Report
 from .verify import differs
 
 
-def run(gm: GraphModule, passes, options: Options, report: Report) -> GraphModule:
-    """Rewrite the captured graph in place with the passes that options leave on."""
+def run(gm: GraphModule, passes, options: Options, report: Report, settled: Callable[[GraphModule, Collection], None] | None = None) -> GraphModule:
+    """Rewrite the captured graph in place with the passes that options leave on.
+
+    settled: told, behind a pass that SETTLES ops, that their nodes will hardly change any more, so that their kernels can be begun.
+    """
     number = len(report.graphs)
     for rewrite in passes:
         if not options.passes.get(rewrite.NAME, getattr(rewrite, "DEFAULT", True)):
@@ -35,6 +39,8 @@ def run(gm: GraphModule, passes, options: Options, report: Report) -> GraphModul
         gm.graph.eliminate_dead_code()
         if before is not None:
             report.covered.append(cost_report.changed(rewrite.NAME, before, gm))
+        if settled is not None and hasattr(rewrite, "SETTLES"):
+            settled(gm, rewrite.SETTLES)
     gm.graph.lint()
     gm.recompile()
     return gm

@@ -26,6 +26,7 @@ from ..compiler.ir import scalar as sc
 from ..compiler.ir.contraction import dot_product, hidden_product, is_parameter, product
 from ..compiler.ir.core import Core, Part, finish
 from ..compiler.ir.graph import argument, is_call, op_name, shape, source_of, value
+from ..compiler.ir.key_text import keys_behind
 from ..compiler.ir.layout import look_behind
 from ..compiler.ir.lift import Lift
 from ..compiler.ir.masking import split_where_seen
@@ -36,6 +37,7 @@ from ..compiler.ir.unliftable import Unliftable
 from ..compiler.ir.weights import why_trained
 
 NAME = "attention"
+SETTLES = (torch.ops.tileweld.attention.default,)
 aten = torch.ops.aten
 DV = Symbol("dv", integer=True, nonnegative=True)
 
@@ -79,7 +81,8 @@ def _core(softmax: Softmax, forward: Forward, i_dim) -> Core:
     lift = Lift(roles.ranges)
     e = lift.at(scores, roles.index)
     try:
-        e, q, k, dots = dot_product(lift, e, roles, scores)
+        sums = log_sums(softmax)
+        e, q, k, dots = dot_product(lift, e, roles, scores, "the log-sum-exp of their scores is a result" if sums else "")
     except NotThePattern:
         if forward.problem is None and (node := hidden_product(lift, e)) is not None:
             raise Refused(f"{op_name(node)} between the product of q and k and the softmax has no scalar expression", node) from None
@@ -93,7 +96,6 @@ def _core(softmax: Softmax, forward: Forward, i_dim) -> Core:
             raise NotThePattern
         raise Refused(*forward.problem)
     inside = lift.path({dot.symbol for dot in dots}) | set(softmax.inner) | set(forward.chain) | set(sink_node.between if sink_node else ())
-    sums = log_sums(softmax)
     _nothing_escapes(inside, {forward.contraction, *sums}, sums)
     if sums and sink_node:
         raise Refused("the log-sum-exp of scores with a sink", sums[0])
@@ -193,7 +195,8 @@ def _library_core(node: Node) -> Core:
     operands = []
     for x, sizes, position, width, length, other in ((q, dims_q, sc.I, d, dims_q[-1], sc.J), (k, dims_k, sc.J, d, dims_q[-1], sc.I), (v, dims_v, sc.J, DV, out[-1], sc.I)):
         known = {s: n for s, n in roles.sizes.items() if s != other} | {width: length}
-        found = look_behind(lift, x, index(sizes, position, width), known, width, "qkv"[len(operands)])
+        full, role = index(sizes, position, width), "qkv"[len(operands)]
+        found = keys_behind(lift, x, full, known, width) if role == "k" else look_behind(lift, x, full, known, width, role)
         if found is None:
             raise Refused(f"the layout of {x}, shape {[*sizes]}, mixes batch, heads and positions", node)
         operands.append([Part(found, width, length)])

@@ -18,7 +18,7 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,30 +99,35 @@ def build(units: Sequence[CppUnit]) -> list[Path]:
 
 
 @contextlib.contextmanager
-def building_ahead(units: Iterable[CppUnit]) -> Iterator[None]:
-    """Inside, units that will probably be asked for are compiled by the cores that Python leaves idle.
+def building_ahead() -> Iterator[Callable[[Iterable[CppUnit]], None]]:
+    """Yields a function: units that are given to it will probably be asked for, and are compiled by the cores that Python leaves idle.
 
     The first build inside takes what is done or under way; nothing else is begun after that, and what nobody took is stopped at the end.
-    An error is told to the build that asks for its unit, and else to nobody.
+    An error is told to the build that asks for its unit, and else to nobody. Raises CompilerNotFound.
     """
-    workers = min(len(units := list(dict.fromkeys(units))), len(os.sched_getaffinity(0)) - 1)
+    workers, compiler = len(os.sched_getaffinity(0)) - 1, find_compiler()
     if workers < 1:
-        yield
+        yield lambda units: None
         return
-    ahead = _Ahead(units, find_compiler(), workers)
+    ahead = _Ahead(compiler, workers)
     token = _ahead.set(ahead)
     try:
-        yield
+        yield ahead.begin
     finally:
         _ahead.reset(token)
         ahead.end()
 
 
 class _Ahead:
-    def __init__(self, units: list[CppUnit], compiler: Compiler, workers: int):
-        self._running = _Running()
+    def __init__(self, compiler: Compiler, workers: int):
+        self._compiler, self._running = compiler, _Running()
         self._pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="tileweld-ahead")
-        self._futures = {unit: self._pool.submit(_build_one, unit, compiler, self._running) for unit in sorted(units, key=lambda u: -len(u.source))}
+        self._futures: dict[CppUnit, concurrent.futures.Future] = {}
+
+    def begin(self, units: Iterable[CppUnit]) -> None:
+        for unit in sorted(dict.fromkeys(units), key=lambda u: -len(u.source)):
+            if unit not in self._futures:
+                self._futures[unit] = self._pool.submit(_build_one, unit, self._compiler, self._running)
 
     def taken(self, units: list[CppUnit]) -> dict[CppUnit, concurrent.futures.Future]:
         self._futures = {unit: future for unit, future in self._futures.items() if not future.cancel()}

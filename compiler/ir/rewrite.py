@@ -63,7 +63,10 @@ class NotThePattern(Exception):
 
 
 class Rewrite(Protocol):
-    """What passes/__init__.PIPELINE lists: a module. With OPTION = "int8" find is given that option's value too: find(graph, options.int8)."""
+    """What passes/__init__.PIPELINE lists: a module. With OPTION = "int8" find is given that option's value too: find(graph, options.int8).
+
+    With SETTLES = (op, ...) the kernels of those ops' nodes are begun behind the pass: later passes may still change them, at the price of kernels that nobody wants.
+    """
 
     NAME: str
 

@@ -61,7 +61,8 @@ def test_units_that_are_built_ahead_are_taken_and_the_rest_is_left(commands, mon
     """With two cores one unit at a time is built ahead; the first build takes it, and those that nobody asked for are not begun."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     longest, wanted, spare = CppUnit("longest", ANSWER.format(1) + " " * 9), CppUnit("wanted", ANSWER.format(2)), CppUnit("spare", ANSWER.format(3))
-    with build.building_ahead([spare, wanted, longest, longest]):
+    with build.building_ahead() as begin:
+        begin([spare, wanted, longest, longest])
         while not commands:
             time.sleep(0.01)
         assert [library.answer() for library in compile_cpp([wanted, longest])] == [2, 1]
@@ -73,7 +74,8 @@ def test_units_that_are_built_ahead_are_taken_and_the_rest_is_left(commands, mon
 def test_an_error_of_a_unit_that_was_built_ahead_is_told_to_who_asks_for_it(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     broken, right = CppUnit("broken", "int f() { return undeclared_thing; }"), CppUnit("right", ANSWER.format(5))
-    with build.building_ahead([broken]):
+    with build.building_ahead() as begin:
+        begin([broken])
         assert compile_cpp([right])[0].answer() == 5
         with pytest.raises(BuildError, match="undeclared_thing|does not compile"):
             compile_cpp([broken])
@@ -83,7 +85,8 @@ def test_what_nobody_took_is_stopped_at_the_end(commands, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     slow = CppUnit("slow", "template <int n> struct S { enum { v = S<n - 1>::v + S<n - 2>::v % 7 }; }; template <> struct S<0> { enum { v = 1 }; }; template <> struct S<1> { enum { v = 1 }; };\n"
                    + "\n".join(f"int f{n}(int x) {{ int s = 0; for (int k = 0; k < x; ++k) s += k * S<{n % 800}>::v; return s; }}" for n in range(20000)))
-    with build.building_ahead([slow]):
+    with build.building_ahead() as begin:
+        begin([slow])
         while not commands:
             time.sleep(0.01)
     start = time.monotonic()
@@ -95,7 +98,8 @@ def test_what_nobody_took_is_stopped_at_the_end(commands, monkeypatch):
 
 def test_one_core_builds_nothing_ahead(commands, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
-    with build.building_ahead([CppUnit("answer", ANSWER.format(1))]):
+    with build.building_ahead() as begin:
+        begin([CppUnit("answer", ANSWER.format(1))])
         time.sleep(0.1)
     assert not commands
 
