@@ -66,6 +66,7 @@ class Variant:
     empty: str = "nan"
     integer_captures: frozenset[int] = frozenset()
     value: str = ""
+    key: str = ""  # what a key's element is taken for, of tileweld::attention_keys alone
 
     @functools.cached_property
     def score_expr(self):
@@ -87,6 +88,16 @@ class Variant:
         if found is None or e.has(sc.S):
             raise ValueError(f"attention: value={self.value!r} {'depends on s' if e.has(sc.S) else 'is not f*v + o'}; f and o are of positions and captures")
         return found[0] if found[0] != 1 else None, found[1]
+
+    @functools.cached_property
+    def key_expr(self):
+        """None where keys are what they are. Raises ValueError for what depends on s, v or a query."""
+        if not self.key:
+            return None
+        e = parse(self.key, self.integer_captures)
+        if foreign := e.free_symbols & {sc.S, sc.V, sc.I, sc.TQ}:
+            raise ValueError(f"attention: key={self.key!r} reads {', '.join(sorted(map(str, foreign)))}; it is of k, b, h, j, d and captures")
+        return e
 
     @property
     def value_expr(self):
@@ -119,9 +130,9 @@ def integer_captures(captures: Sequence[Tensor]) -> frozenset[int]:
     return frozenset(k for k, c in enumerate(captures) if not c.dtype.is_floating_point)
 
 
-def variant_of(captures, score, mask, fill, sink, empty, value="") -> Variant:
+def variant_of(captures, score, mask, fill, sink, empty, value="", key="") -> Variant:
     """The Variant of an op call."""
-    return Variant(score, mask, float(fill), sink, empty, integer_captures(captures), value)
+    return Variant(score, mask, float(fill), sink, empty, integer_captures(captures), value, key)
 
 
 def is_widened(stored: torch.dtype, dtype: torch.dtype) -> bool:

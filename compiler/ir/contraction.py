@@ -9,6 +9,7 @@ from torch.fx import Node
 from . import scalar as sc
 from .core import Part, RowSum
 from .graph import is_call, is_tensor, shape
+from .key_text import keys_behind
 from .layout import look_behind
 from .lift import Dot
 from .masking import rebuilt
@@ -19,8 +20,8 @@ aten = torch.ops.aten
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.einsum.default)
 
 
-def dot_product(lift, e, roles, scores):
-    """(score expression of s, q, k, the dots it replaces). Several dots (split nope and rope logits) become one of the concatenated q and k."""
+def dot_product(lift, e, roles, scores, no_key_text: str = ""):
+    """(score expression of s, q, k, the dots it replaces). Several dots (split nope and rope logits) become one of the concatenated q and k. no_key_text: why the op takes no text of keys."""
     usable, dense = [], []
     for dot in lift.dots.values():
         if dot.symbol in e.free_symbols:
@@ -37,7 +38,7 @@ def dot_product(lift, e, roles, scores):
     for dot, ((q_node, q_index), (k_node, k_index)) in usable:
         sizes = {**roles.sizes, dot.d: dot.length}
         q = look_behind(lift, q_node, q_index, {x: n for x, n in sizes.items() if x != sc.J}, dot.d, "q")
-        k = look_behind(lift, k_node, k_index, {x: n for x, n in sizes.items() if x != sc.I}, dot.d, "k", dequantises=len(usable) == 1)
+        k = keys_behind(lift, k_node, k_index, {x: n for x, n in sizes.items() if x != sc.I}, dot.d, len(usable) == 1, no_key_text)
         if q is None or k is None:
             which = "q" if q is None else "k"
             raise Refused(f"the layout of {which} ({q_node if q is None else k_node}, shape {[*shape(q_node if q is None else k_node)]}) mixes batch, heads and positions", q_node if q is None else k_node, "keep batch, heads, positions and head dim as separate dims")

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from . import attention as _attention_op  # noqa: F401 (registers the op that is built here)
+from . import attention_keys as _attention_keys_op  # noqa: F401 (the same)
 from . import attention_lse as _attention_lse_op  # noqa: F401 (the same)
 from . import scalar as sc
 from .graph import insert, shape, value
@@ -105,17 +106,19 @@ def finish(core: Core, source: Node) -> Match:
             e, found = tabulate(tighten(e, ranges), ranges, taken=len(tables))
             tables += found
         texts.append(e)
+    texts.append(core.k[0].operand.key)
     names, captures, sizes = _names(texts, core, tables)
-    score, mask, sink, factor, offset = (e if e is None else e.xreplace(names) for e in texts)
+    score, mask, sink, factor, offset, key = (e if e is None else e.xreplace(names) for e in texts)
     if offset is not None:
         factor = sc.add(sc.V if factor is None else sc.mul(factor, sc.V), offset)
-    arguments = (text(score), text(mask), float(fill), text(sink) if sink is not None else "", empty, *((text(factor),) if factor is not None else ()))
+    arguments = (text(score), text(mask), float(fill), text(sink) if sink is not None else "", empty, *((text(factor),) if factor is not None else ("",) if key is not None else ()), *((text(key),) if key is not None else ()))
 
     roots = sorted([core.root, *(n for n, _ in core.sums)])
 
     inputs = tuple(dict.fromkeys([p.operand.node for p in (*core.q, *core.k, *core.v)] + [c.node for p in core.k for c in p.operand.channels]
                                  + [n for c in captures for n in ([c] if isinstance(c, Node) else c.nodes if isinstance(c, RowSum) else [])]))
-    detail = f"score={arguments[0]}" + (f" mask={arguments[1]}" if arguments[1] != "True" else "") + (f" sink={arguments[3]}" if sink is not None else "") + (f" value={arguments[5]}" if factor is not None else "") + _groups_text(core)
+    detail = f"score={arguments[0]}" + (f" mask={arguments[1]}" if arguments[1] != "True" else "") + (f" sink={arguments[3]}" if sink is not None else "") + (f" value={arguments[5]}" if factor is not None else "") + (f" key={arguments[6]}" if key is not None else "") + _groups_text(core)
+    detail += "".join(f" ({p.operand.note})" for p in core.k if p.operand.note)
     moved = late(roots[0], inputs, set(roots)) if len(roots) > 1 else []
     if moved is None:
         raise Refused("keys or values are computed from the log-sum-exp of their scores", source)
@@ -136,7 +139,7 @@ def _groups_text(core):
 
 def _kv_heads(core):
     part = core.k[0].operand
-    sizes = with_groups(part.index, {**core.roles.sizes, core.k[0].d: core.k[0].length})
+    sizes = with_groups(part.index, {**core.roles.sizes, core.k[0].d: core.k[0].length}) | (part.atoms or {})
     return sympy.Mul(*(sizes[a] for dim in layout(part.node, part.index, sizes) for a in dim if a.has(sc.H)))
 
 
@@ -181,7 +184,8 @@ def _build(graph, core, captures, sizes, arguments) -> dict[Node, Node]:
     if channels := core.k[0].operand.channels:
         q = _times_channels(graph, q, channels, core, sources, dtype)
     numbers = [size_node(graph, n, sources) for n in sizes]
-    out, lse = insert(graph, torch.ops.tileweld.attention_lse.default if core.sums else torch.ops.tileweld.attention.default, q, k, v, tensors, numbers, *arguments), None
+    ops = torch.ops.tileweld
+    out, lse = insert(graph, ops.attention_lse.default if core.sums else ops.attention_keys.default if core.k[0].operand.key is not None else ops.attention.default, q, k, v, tensors, numbers, *arguments), None
     if core.sums:
         out, lse = (insert(graph, operator.getitem, out, n) for n in (0, 1))
     width = core.v[0].length
@@ -201,13 +205,12 @@ def _assemble(graph, parts, symbols, roles, sources, dtype, every_head):
     """One operand as [B, heads, positions, width]; several parts are concatenated along the width."""
     pieces = []
     for part in parts:
-        sizes = with_groups(part.operand.index, {**roles.sizes, part.d: part.length})
+        sizes = with_groups(part.operand.index, {**roles.sizes, part.d: part.length}) | (part.operand.atoms or {})
         dims = layout(part.operand.node, part.operand.index, sizes)
-        heads = [a for dim in dims for a in dim if a.has(sc.H)]
-        heads.sort(key=lambda a: isinstance(a, sc.mod))
-        wanted = [[symbols[0]], heads or [sc.H], [symbols[2]], [part.d]]
+        heads, positions = (sorted((a for dim in dims for a in dim if a.has(x)), key=lambda a: isinstance(a, sc.mod)) for x in (sc.H, symbols[2]))
+        wanted = [[symbols[0]], heads or [sc.H], positions or [symbols[2]], [part.d]]
         x = arrange(graph, part.operand.node, dims, wanted, sizes, sources)
-        full = [roles.batch, roles.heads if every_head else shape(x)[1], roles.sizes[symbols[2]], part.length]
+        full = [roles.batch, roles.heads if every_head else shape(x)[1], sizes[symbols[2]], part.length]
         if every_head and heads and sympy.Mul(*(sizes[a] for a in heads)) != roles.heads:  # h // G among parts with all heads
             x = insert(graph, aten.repeat_interleave.self_int, x, int(roles.heads / shape(x)[1]), 1)
         if any(sympy.expand(a - b) != 0 for a, b in zip(full, shape(x))):

@@ -46,13 +46,17 @@ class Term:
 @dataclasses.dataclass
 class Operand:
     """q, k or v: node[index], times factor (an expression pulled out of ``node * scale``). The node of k and v may be int8: its elements are the numbers, and
-    then there may be channels, further factors, of k, and terms that are added."""
+    then there may be channels, further factors, of k, and terms that are added; or for k a text ``key`` instead (key_text.py), and then ``atoms`` are the parts of its positions with their sizes.
+    ``note``: what a reader should know of it."""
 
     node: Node
     index: tuple
     factor: sympy.Expr = Integer(1)
     channels: tuple[Channel, ...] = ()
     terms: tuple[Term, ...] = ()
+    key: sympy.Expr | None = None
+    atoms: dict | None = None
+    note: str = ""
 
 
 def atoms_of(e, n, sizes: dict) -> list | None:

@@ -28,6 +28,7 @@ aten = torch.ops.aten
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HALVES = (torch.float16, torch.bfloat16)
 _WIDE_INTS = (torch.int32, torch.int64)
+_NARROW_INTS = (torch.int8, torch.uint8, torch.int16)
 MAX_LEVEL = 48  # ops on the way to an element: Python's stack holds a thousand calls, and an op takes five of them here and more in a printer
 MAX_TREE = 6000  # nodes of an expression as a tree: sympy walks x + sin(x) of x + sin(x) of ... in time that doubles with every op
 
@@ -123,6 +124,8 @@ class Lift:
         if node.op != "call_function":
             raise Unliftable
         if node.target in POINTWISE:
+            if value(node).dtype in _NARROW_INTS and node.target not in _CHOICES:
+                raise Unliftable("integers that wrap at 8 or 16 bits")
             operands = _compared(node) if node.target in COMPARISONS else node.args
             result = POINTWISE[node.target](*(self.broadcast(a, index) for a in operands), **{k: self.at(v) for k, v in node.kwargs.items() if k == "alpha"})
             return self.cast(result, value(node).dtype) if value(node).dtype in (*_HALVES, torch.bool) else result  # True + True is True
@@ -298,6 +301,7 @@ POINTWISE = {
     aten.ceil.default: _unary("ceil"), aten.relu.default: _unary("relu"),
 }
 
+_CHOICES = (aten.where.self, aten.masked_fill.Tensor, aten.masked_fill.Scalar, aten.minimum.default, aten.maximum.default)
 COMPARISONS = {target for target in POINTWISE if target._schema.name.split("::")[1] in ("le", "lt", "ge", "gt", "eq", "ne")}
 
 _SCALAR_OPS = {operator.add: sc.add, operator.sub: sc.sub, operator.mul: sc.mul, operator.truediv: sc.div, operator.neg: sc.neg, operator.floordiv: sc.integer_floordiv,

@@ -61,7 +61,7 @@ def parse(text: str, integer_captures: frozenset[int] = frozenset()):
 
 def _build(node, text, ints):
     def fail(what):
-        raise ScalarSyntaxError(what, text=text, position=getattr(node, "col_offset", 0), cure="the names are s b h i j Tq Tk n0.. c0[..], of a matrix product x r u a0.. p0.., and " + " ".join(_CALLS))
+        raise ScalarSyntaxError(what, text=text, position=getattr(node, "col_offset", 0), cure="the names are s b h i j Tq Tk n0.. c0[..], of attention's values and keys v k d, of a matrix product x r u a0.. p0.., and " + " ".join(_CALLS))
 
     if isinstance(node, ast.Constant):
         if isinstance(node.value, (bool, int, float)):

@@ -33,7 +33,8 @@ TQ, TK = (Symbol(name, integer=True, positive=True) for name in ("Tq", "Tk"))
 T = Symbol("t", integer=True)  # the variable of a table, see table.py
 X, R, U = (Symbol(name, real=True) for name in "xru")  # of a matrix product's prologue: element, reciprocal deviation and mean of its row; see linear.py
 V = Symbol("v", real=True)  # an element of attention's values, in its text ``value`` alone
-NAMES = {symbol.name: symbol for symbol in (S, B, H, I, J, TQ, TK, T, X, R, U, V)}
+K, D = Symbol("k", real=True), Symbol("d", integer=True, nonnegative=True)  # an element of attention's keys and its place in the head dim, in the text ``key`` alone
+NAMES = {symbol.name: symbol for symbol in (S, B, H, I, J, TQ, TK, T, X, R, U, V, K, D)}
 _ACCUMULATOR = re.compile(r"[ap](\d{1,2})")
 
 
