@@ -24,6 +24,7 @@ from ...compiler.errors import UnsupportedError
 from ...compiler.ir import scalar as sc
 from ...compiler.ir.attention import Variant, is_widened
 from ...compiler.ir.kernel import Kernel
+from .key_text import key_source
 from .printer import SIZE_LIMIT, CppPrinter
 from .score import ELEMENTS, Captures, keys_source, linear_scale, row_source, simplify, sink_source, tile_source, value_source
 
@@ -57,16 +58,18 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
     for name, dtype in (("k", k_dtype), ("v", v_dtype)):
         if dtype != q_dtype and not is_widened(dtype, q_dtype):
             raise UnsupportedError(f"no C++ attention kernel for q of {q_dtype} and {name} of {dtype}", cure="give them one dtype, int8 keys and values, or with q of float32 half types")
+    if variant.key and len(key_dims) > 1:
+        raise UnsupportedError("no C++ attention kernel for a text of keys in parts", cure="give it keys in one tensor")
     captures = Captures(tuple(capture_dtypes), tuple(capture_ranks))
     score, mask, fill = simplify(variant)
     scale = linear_scale(score)
     number = CppPrinter().float
     detail = f"score={variant.score} mask={variant.mask} {str(q_dtype).removeprefix('torch.')} head dim {head_dim}" + (f"/{value_dim}" if value_dim != head_dim else "")
-    detail += (f" k {_name(k_dtype)} v {_name(v_dtype)}" if {k_dtype, v_dtype} != {q_dtype} else "") + (f" value={variant.value}" if variant.value else "")
+    detail += (f" k {_name(k_dtype)} v {_name(v_dtype)}" if {k_dtype, v_dtype} != {q_dtype} else "") + (f" value={variant.value}" if variant.value else "") + (f" key={variant.key}" if variant.key else "")
     parts = [
         f"// tileweld attention: out = softmax(where(mask, score, {variant.fill})) v, over tiles; from the rewrite `attention`\n"
         f"//   score  {variant.score}\n//   mask   {variant.mask}\n" + (f"//   sink   {variant.sink}\n" if variant.sink else "") +
-        (f"//   value  {variant.value}{'' if variant.offset_expr is not None else ', a factor of the weights that the denominator does not see'}\n" if variant.value else "") +
+        (f"//   value  {variant.value}{'' if variant.offset_expr is not None else ', a factor of the weights that the denominator does not see'}\n" if variant.value else "") + (f"//   key    {variant.key}, of the rows of keys that were just read\n" if variant.key else "") +
         f"//   dtypes {_dtypes(q_dtype, k_dtype, v_dtype, captures.dtypes)}; head dim {head_dim}, value dim {value_dim}\n#include <omp.h>\n",
         _text("vector.h"),
         _text("scalar_math.h"),
@@ -79,6 +82,7 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         f"constexpr bool FINITE_FILL = {str(math.isfinite(fill) and mask is not sympy.true).lower()}, EMPTY_IS_ZERO = {str(variant.empty == 'zero').lower()}, MASK_USES_HEAD = {str(mask.has(sc.H)).lower()};\n",
         f"constexpr int ANY_QUERIES = 0, FEW_QUERIES = 1, MANY_QUERIES = 2, WAYS = {0 if queries is None else 1 if queries <= STREAMED else 2}, MOST_STREAMED = {STREAMED};\n",
         _call_source(captures, num_sizes, len(key_dims)),
+        key_source(captures, variant.key_expr),
         row_source(captures, score, mask),
         value_source(captures, variant.value_expr, variant.offset_expr),
         tile_source(captures, mask),
@@ -120,7 +124,7 @@ def _call_source(captures: Captures, num_sizes: int, parts: int) -> str:
     reads += [f"    call.{name} = *ints++;" for name in sizes]
     narrow = " && ".join([f"call.{name} < {SIZE_LIMIT}" for name in ("B", "H", "Tq", "Tk")] + [f"call.{name} < {SIZE_LIMIT} && call.{name} > -{SIZE_LIMIT}" for name in sizes])
     return "\n".join([
-        "struct Call {", "    Element* out;", "    float* lse;", "    const int64_t* lse_stride;", "    const Element* q;", "    const KeyElement* k[PARTS];", "    const ValueElement* v;", "    int64_t B, H, Hk[PARTS], Hv, Tq, Tk;",
+        "struct Call {", "    Element* out;", "    float* lse;", "    const int64_t* lse_stride;", "    const Element* q;", "    const KeyElement* k[PARTS];", "    const ValueElement* v;", "    int64_t B, H, Hk[PARTS], Hv, Tq, Tk, stored_keys;  // the positions of k: fewer than Tk where the text of the keys reads the others elsewhere",
         "    const int64_t *out_stride, *q_stride, *k_stride[PARTS], *v_stride;  // [B, H, T, D], in elements",
         "    bool is_narrow;  // every size is small enough for positions in int32", *fields, "};", "",
         "static Call read_call(void* const* data, const int64_t* ints) {", "    Call call;",
@@ -129,7 +133,7 @@ def _call_source(captures: Captures, num_sizes: int, parts: int) -> str:
         "    call.q = static_cast<const Element*>(data[1]);",
         "    call.v = static_cast<const ValueElement*>(data[PARTS + 2]);",
         "    // sizes and strides of out, q, the parts of k, v: four and four each",
-        "    call.B = ints[8], call.H = ints[9], call.Tq = ints[10], call.Tk = ints[18], call.Hv = ints[17 + 8 * PARTS];",
+        "    call.B = ints[8], call.H = ints[9], call.Tq = ints[10], call.Tk = ints[18 + 8 * PARTS], call.stored_keys = ints[18], call.Hv = ints[17 + 8 * PARTS];",
         "    call.q_stride = ints + 12, call.v_stride = ints + 20 + 8 * PARTS;",
         "    for (int part = 0; part < PARTS; ++part) {",
         "        call.k[part] = static_cast<const KeyElement*>(data[2 + part]);",

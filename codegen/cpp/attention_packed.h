@@ -19,10 +19,32 @@ INLINE void pack_part(const KeyElement* from, const int64_t* stride, int64_t Tk,
                 if (d0 + n < width) store_vector(to + (start + d0 + n) * PANEL + key, rows[n]);
         }
 }
+// the same of keys that are a text of what is stored
+static void pack_taken(const Call& call, const KeyElement* from, int64_t b, int64_t h, int64_t panel, float* __restrict to) {
+    constexpr int padded = int(round_up(D, VL));
+    const int64_t* stride = call.k_stride[0];
+    float taken[VL * padded];
+    for (int key = 0; key < PANEL; key += VL) {
+        const int64_t first = panel * PANEL + key;
+        for (int n = 0; n < VL; ++n)
+            for (int d = 0; d < padded; d += VL) store_vector(taken + n * padded + d, first + n < call.stored_keys ? gather_vector(from + (first + n) * stride[2] + d * stride[3], stride[3], D - d) : Vector{});
+        if (first < call.Tk) take_keys(call, taken, padded, b, h, first, int(smaller(VL, call.Tk - first)));
+        for (int d0 = 0; d0 < padded; d0 += VL) {
+            Vector rows[VL];
+#pragma GCC unroll 16
+            for (int n = 0; n < VL; ++n) rows[n] = load_vector(taken + n * padded + d0);
+            transpose(rows);
+#pragma GCC unroll 16
+            for (int n = 0; n < VL; ++n)
+                if (d0 + n < D) store_vector(to + (d0 + n) * PANEL + key, rows[n]);
+        }
+    }
+}
 constexpr int part_start(int part) { return part == 0 ? 0 : part_start(part - 1) + PART_SIZE[part - 1]; }
 template <size_t... part>
 INLINE void pack_keys(const Call& call, int64_t b, int64_t h, int64_t panel, float* __restrict to, std::index_sequence<part...>) {
-    (pack_part<part_start(part), PART_SIZE[part]>(call.k[part] + b * call.k_stride[part][0] + h / (call.H / call.Hk[part]) * call.k_stride[part][1], call.k_stride[part], call.Tk, panel, to), ...);
+    if constexpr (KEY_TEXT) pack_taken(call, call.k[0] + b * call.k_stride[0][0] + h / (call.H / call.Hk[0]) * call.k_stride[0][1], b, h / (call.H / call.Hk[0]), panel, to);
+    else (pack_part<part_start(part), PART_SIZE[part]>(call.k[part] + b * call.k_stride[part][0] + h / (call.H / call.Hk[part]) * call.k_stride[part][1], call.k_stride[part], call.Tk, panel, to), ...);
 }
 
 // values [Tk, DV] to stripes [stripe][Tk][STRIPE * VL], zeros in the padding columns; one panel's worth of keys

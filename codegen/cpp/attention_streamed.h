@@ -7,6 +7,14 @@ struct Group {
     int heads;
 };
 
+// Rows of keys that are a text of what is stored: [count, DP] of the head h of keys
+INLINE void stage_taken_keys(const Call& call, const KeyElement* from, int64_t b, int64_t h, int64_t j, int count, float* staged, KeyRows& rows) {
+    const int stored = int(j >= call.stored_keys ? 0 : smaller(count, call.stored_keys - j));
+    rows.at[0] = staged, rows.stride[0] = DP;
+    stage_rows<D, true>(from + j * call.k_stride[0][2], call.k_stride[0], stored, staged, DP, &rows.stride[0]);
+    std::memset(staged + stored * DP, 0, sizeof(float) * size_t(count - stored) * DP);
+    take_keys(call, staged, DP, b, h, j, count);
+}
 template <size_t... part>
 INLINE void stage_keys(const KeyElement* const* keys, const int64_t* const* strides, int64_t j, int count, float* staged, KeyRows& rows, std::index_sequence<part...>) {
     ((rows.at[part] = stage_rows<PART_SIZE[part]>(keys[part] + j * strides[part][2], strides[part], count, staged + padded_start(part), DP, &rows.stride[part])), ...);
@@ -20,7 +28,7 @@ static void stream_keys(const Call& call, const Group& group, int64_t j_lo, int6
     const KeyElement* keys[PARTS];
     for (int part = 0; part < PARTS; ++part) keys[part] = call.k[part] + group.b * call.k_stride[part][0] + group.head / (call.H / call.Hk[part]) * call.k_stride[part][1];
     const ValueElement* values = call.v + group.b * call.v_stride[0] + group.head / (call.H / call.Hv) * call.v_stride[1];
-    const bool values_are_keys = PART_SIZE[0] >= DV && std::is_same_v<KeyElement, ValueElement> && static_cast<const void*>(values) == keys[0] && call.v_stride[2] == call.k_stride[0][2] && call.v_stride[3] == call.k_stride[0][3];  // a latent is both
+    const bool values_are_keys = !KEY_TEXT && PART_SIZE[0] >= DV && std::is_same_v<KeyElement, ValueElement> && static_cast<const void*>(values) == keys[0] && call.v_stride[2] == call.k_stride[0][2] && call.v_stride[3] == call.k_stride[0][3];  // a latent is both
     for (int r = 0; r < rows; ++r) states[r] = start_row(-std::numeric_limits<float>::infinity());
     std::memset(sums, 0, sizeof(float) * size_t(padded_rows) * DVP);
     const auto unseen = [&](int64_t from, int64_t to) {  // is the tile empty for every head?
@@ -37,7 +45,8 @@ static void stream_keys(const Call& call, const Group& group, int64_t j_lo, int6
             const int count = int(j + CHUNK < span_end ? CHUNK : span_end - j);
             if (unseen(j, j + count)) continue;
             KeyRows rows_of_k;
-            stage_keys(keys, call.k_stride, j, count, staged, rows_of_k, std::make_index_sequence<PARTS>());
+            if constexpr (KEY_TEXT) stage_taken_keys(call, keys[0], group.b, group.head / (call.H / call.Hk[0]), j, count, staged, rows_of_k);
+            else stage_keys(keys, call.k_stride, j, count, staged, rows_of_k, std::make_index_sequence<PARTS>());
             dot_keys(q, rows_of_k, rows, count, scores, rows_ahead(values + j * call.v_stride[2], call.v_stride, DV, !values_are_keys));
             int64_t stride = rows_of_k.stride[0];
             const float* rows_of_v = values_are_keys ? rows_of_k.at[0] : stage_rows<DV>(values + j * call.v_stride[2], call.v_stride, count, staged, DVP, &stride);

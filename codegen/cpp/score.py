@@ -20,7 +20,7 @@ ELEMENTS = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFlo
 _BOUNDS = {torch.int64: 1 << 63, torch.int32: 1 << 31, torch.int16: 1 << 15, torch.int8: 1 << 7, torch.uint8: 255, torch.bool: 1}
 #: a masked score above this is part of the score, not a mask: exp(fill - maximum) would rarely be zero
 _LOWEST_ORDINARY_FILL = -1e3
-_PLAIN = (sc.B, sc.H, sc.I, sc.J, iv.I_LO, iv.I_HI, iv.J_LO, iv.J_HI)  # indices that are positions: in range wherever the definition reads
+_PLAIN = (sc.B, sc.H, sc.I, sc.J, sc.D, iv.I_LO, iv.I_HI, iv.J_LO, iv.J_HI)  # indices that are positions: in range wherever the definition reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Captures:
             if dtype not in ELEMENTS:
                 raise UnsupportedError(f"a C++ kernel cannot read c{k} of dtype {dtype}", cure="cast the captured tensor to a float or integer dtype")
 
-    def printer(self, checked: set = frozenset(), by_key: bool = False) -> CppPrinter:
-        """checked: index expressions for which the flag `inside` vouches; by_key: the flag `unit` tells whether elements of neighbouring keys are neighbours."""
+    def printer(self, checked: set = frozenset(), along=None) -> CppPrinter:
+        """checked: index expressions for which the flag `inside` vouches; along: a loop's symbol, for which the flag `unit` tells whether elements of neighbours (keys, or channels of one) are neighbours."""
 
         def load_text(k, indices):
             if k >= len(self.ranks) or len(indices) != self.ranks[k]:
                 raise UnsupportedError(f"c{k} is read with {len(indices)} indices and has {self.ranks[k] if k < len(self.ranks) else 'no'} dimensions")
-            strides = [f"(unit ? 1 : call.c{k}_stride[{d}])" if by_key and self._runs(indices, d) else f"call.c{k}_stride[{d}]" for d in range(len(indices))]
+            strides = [f"(unit ? 1 : call.c{k}_stride[{d}])" if along is not None and self._runs(indices, d, along) else f"call.c{k}_stride[{d}]" for d in range(len(indices))]
             offsets = [f"{self._index(printer, index, f'call.c{k}_size[{d}]', checked)} * {strides[d]}" for d, index in enumerate(indices)]
             return f"element(call.c{k}[{' + '.join(offsets) or '0'}])"
 
@@ -49,13 +49,13 @@ class Captures:
         return printer
 
     @staticmethod
-    def _runs(indices, d) -> bool:
-        """Is dim d that of the keys, and j in no other?"""
-        return indices[d] == sc.J and not any(e.has(sc.J) for n, e in enumerate(indices) if n != d)
+    def _runs(indices, d, along) -> bool:
+        """Is dim d that of the loop, and its symbol in no other?"""
+        return indices[d] == along and not any(e.has(along) for n, e in enumerate(indices) if n != d)
 
-    def units(self, placement) -> list[str]:
-        """Tests that are true where the loads of a key run along memory with the keys: the loop then becomes vector instructions."""
-        found = [f"call.{e.args[0].name}_stride[{d}] == 1" for _, value in placement.key for e in sc.loads(value) for d in range(len(e.args) - 1) if self._runs(e.args[1:], d)]
+    def units(self, placement, along=sc.J) -> list[str]:
+        """Tests that are true where the loads of a key run along memory with the keys, or those of ``along``: the loop then becomes vector instructions."""
+        found = [f"call.{e.args[0].name}_stride[{d}] == 1" for _, value in placement.key for e in sc.loads(value) for d in range(len(e.args) - 1) if self._runs(e.args[1:], d, along)]
         return list(dict.fromkeys(found))
 
     @staticmethod
@@ -86,10 +86,11 @@ def linear_scale(score) -> float | None:
     return None
 
 
-class _Placement:
-    """Gives every part of the expressions its place: once a row where no key position occurs in it, else once a key."""
+class Placement:
+    """Gives every part of the expressions its place: once a row where no key position occurs in it, else once a key. moving: what changes along the row."""
 
-    def __init__(self, *exprs):
+    def __init__(self, *exprs, moving=(sc.J, sc.S)):
+        self.moving = moving
         self.row, self.key, self.memo = [], [], {}
         self.uses = collections.Counter(node for e in exprs for node in sympy.preorder_traversal(e) if isinstance(node, sc.call))
         self.exprs = [self.place(e) for e in exprs]
@@ -106,7 +107,7 @@ class _Placement:
         return self.memo[e]
 
     def _place(self, e):
-        if not e.has(sc.J, sc.S) and e.has(sc.load, sc.call):
+        if not e.has(*self.moving) and e.has(sc.load, sc.call):
             return self._bind(self.row, e, e, "_row")
         placed = e.func(*map(self.place, e.args))
         if isinstance(e, sc.load) or (isinstance(e, sc.call) and self.uses[e] > 1):
@@ -131,10 +132,10 @@ def row_source(captures: Captures, score, mask) -> str:
     if plain and mask is sympy.true:
         return ("// the scale is in the queries and every key is visible: nothing to do\n"
                 "INLINE void score_row(const Call&, float*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float) {}\n")
-    placement = _Placement(sc.S if plain else score, mask)
+    placement = Placement(sc.S if plain else score, mask)
     score, mask = placement.exprs
     checks, units = _index_checks(placement), captures.units(placement)
-    printer = captures.printer({index for index, *_ in checks}, by_key=True)
+    printer = captures.printer({index for index, *_ in checks}, along=sc.J)
     body = [f"        const float score = {printer.real(score)};", f"        scores[n] = !masks || ({printer(mask)}) ? score : masked;"]
     loop = _loop("score_keys", captures, placement, [score, mask], ["        const float s = scores[n];"], body, printer, "bool masks, ", ", float masked")
     choose = ["INLINE void score_row(const Call& call, float* scores, int64_t b, int64_t h, int64_t i, int64_t j_lo, int64_t width, bool full, float masked) {"]
@@ -153,11 +154,11 @@ def value_source(captures: Captures, value, offset=None) -> str:
     """``value_row``: the weights of a row times their factor, in place; returns what their offsets add to every dim, 0 without one."""
     if value is None and offset is None:
         return "INLINE float value_row(const Call&, float*, int64_t, int64_t, int64_t, int64_t, int64_t) { return 0.0f; }\n"
-    placement = _Placement(*(e for e in (value, offset) if e is not None))
+    placement = Placement(*(e for e in (value, offset) if e is not None))
     placed = iter(placement.exprs)
     value, offset = (next(placed) if e is not None else None for e in (value, offset))
     checks, units = _index_checks(placement), captures.units(placement)
-    printer = captures.printer({index for index, *_ in checks}, by_key=True)
+    printer = captures.printer({index for index, *_ in checks}, along=sc.J)
     body = ([f"        added += scores[n] * {printer.real(offset)};"] if offset is not None else []) + ([f"        scores[n] *= {printer.real(value)};"] if value is not None else [])
     loop = _loop("value_keys", captures, placement, [e for e in (value, offset) if e is not None], [], body, printer, total="added")
     choose = ["INLINE float value_row(const Call& call, float* weights, int64_t b, int64_t h, int64_t i, int64_t j_lo, int64_t width) {"]
@@ -184,12 +185,12 @@ def _loop(name, captures, placement, exprs, start, body, printer, flags="", rest
     """A loop over a row's scores, with what the placement gives to the row in front of it, and to a key in it. total: the name of a sum that it returns."""
     return [f"template <class Int, {flags}bool inside, bool unit>",
             f"static {'float' if total else 'void'} {name}(const Call& call, float* __restrict scores, int64_t batch, int64_t head, int64_t row, int64_t first_key, int width{rest}) {{",
-            *_locals([*placement.values, *exprs], "Int", {"b": "batch", "h": "head", "i": "row"}), *_definitions(placement.row, captures.printer(), 4),
+            *locals_of([*placement.values, *exprs], "Int", {"b": "batch", "h": "head", "i": "row"}), *definitions(placement.row, captures.printer(), 4),
             *([f"    float {total} = 0.0f;", f"#pragma omp simd reduction(+ : {total})"] if total else []),
-            "    for (int n = 0; n < width; ++n) {", "        const Int j = Int(first_key) + n;", *start, *_definitions(placement.key, printer, 8), *body, "    }", *([f"    return {total};"] if total else []), "}", ""]
+            "    for (int n = 0; n < width; ++n) {", "        const Int j = Int(first_key) + n;", *start, *definitions(placement.key, printer, 8), *body, "    }", *([f"    return {total};"] if total else []), "}", ""]
 
 
-def _definitions(bound, printer, indent) -> list[str]:
+def definitions(bound, printer, indent) -> list[str]:
     text = lambda e: printer(e) if sc.is_bool(e) or sc.is_int(e) else printer.real(e)  # noqa: E731
     return [f"{' ' * indent}const auto {symbol.name} = {text(e)};" for symbol, e in bound]
 
@@ -214,8 +215,8 @@ def _inside_source(name, placement, captures, checks) -> list[str]:
     printer = captures.printer()
     return ["// Are the computed indices of the keys [j_lo, j_hi] inside their tensors, so that none counts from the end?",
             f"INLINE bool {name}(const Call& call, int64_t b, int64_t h, int64_t i, int64_t j_lo, int64_t j_hi) {{",
-            *_locals([*(e for _, e in placement.row), *(end for _, lo, hi, _ in checks for end in (lo, hi))], "int64_t", {}),
-            *_definitions(placement.row, printer, 4),
+            *locals_of([*(e for _, e in placement.row), *(end for _, lo, hi, _ in checks for end in (lo, hi))], "int64_t", {}),
+            *definitions(placement.row, printer, 4),
             f"    return {' & '.join(f'({printer(lo)} >= 0) & ({printer(hi)} < {size})' for _, lo, hi, size in checks)};", "}", ""]
 
 
@@ -226,7 +227,7 @@ def tile_source(captures: Captures, mask) -> str:
     functions = []
     for name, condition in (("tile_may", may), ("tile_must", must)):
         parameters = ", ".join(f"int64_t {x}" for x in ("b", "h", "i_lo", "i_hi", "j_lo", "j_hi"))
-        functions += [f"INLINE bool {name}(const Call& call, {parameters}) {{", *_locals([condition], "int64_t", {}), f"    return {printer(condition)};", "}"]
+        functions += [f"INLINE bool {name}(const Call& call, {parameters}) {{", *locals_of([condition], "int64_t", {}), f"    return {printer(condition)};", "}"]
     return "\n".join(functions) + "\n"
 
 
@@ -239,7 +240,7 @@ def keys_source(captures: Captures, mask) -> str:
     lines = ["INLINE bool keys_may(const Call& call, int64_t b, int64_t h, int64_t j_lo, int64_t j_hi) {"]
     if parts:
         condition = sympy.And(*parts)
-        lines += [*_locals([condition], "int64_t", {}), "    bool any = false;", f"    for (int64_t j = j_lo; j <= j_hi; ++j) any |= {captures.printer()(condition)};", "    return any;", "}"]
+        lines += [*locals_of([condition], "int64_t", {}), "    bool any = false;", f"    for (int64_t j = j_lo; j <= j_hi; ++j) any |= {captures.printer()(condition)};", "    return any;", "}"]
     else:
         lines += ["    return true;", "}"]
     return "\n".join(lines) + "\n"
@@ -247,13 +248,14 @@ def keys_source(captures: Captures, mask) -> str:
 
 def sink_source(captures: Captures, sink) -> str:
     """``sink_of``: the extra logit of a row, -inf for none."""
-    lines = _locals([sink] if sink is not None else [], "int64_t", {})
+    lines = locals_of([sink] if sink is not None else [], "int64_t", {})
     text = captures.printer().real(sink) if sink is not None else "-std::numeric_limits<float>::infinity()"
     head = "INLINE float sink_of(const Call& call, int64_t b, int64_t h, int64_t i) {"
     return "\n".join([head, *lines, f"    return {text};", "}"]) + "\n"
 
 
-def _locals(exprs, kind, renamed) -> list[str]:
+def locals_of(exprs, kind, renamed) -> list[str]:
+    """Definitions of the sizes and positions that occur in the expressions; renamed: position -> the argument that holds it."""
     used = {symbol.name for e in exprs for symbol in e.free_symbols}
     lines = [f"    const {kind} {name} = {kind}({source});" for name, source in renamed.items() if name in used]
     for name in sorted(used):
