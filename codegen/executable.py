@@ -224,10 +224,17 @@ class _Writer(Launches):
         given = [argument(a) for a in node.args]
         named = [f"{k}={argument(v)}" for k, v in node.kwargs.items()]
         if node.target in METHOD and not node.kwargs and isinstance(node.args[0], Node):
-            return f"{given[0]}.{METHOD[node.target]}({', '.join(given[1:])})"
+            return f"{given[0]}.{'reshape' if self._may_be_laid_out_otherwise(node) else METHOD[node.target]}({', '.join(given[1:])})"
         if is_getitem(node):
             return f"{given[0]}[{given[1]}]"
         return f"{self._function(node.target)}({', '.join(given + named)})"
+
+    def _may_be_laid_out_otherwise(self, node: Node) -> bool:
+        """A view of what a call made, whose strides may differ from those that its fake says; a view refuses then, a reshape copies. Nobody writes through it."""
+        source = node
+        while is_view(source):
+            source = source.args[0]
+        return METHOD[node.target] == "view" and source.op == "call_function" and source not in self.known_layout and not self.live.bases[node] & self.live.written
 
     def _function(self, target) -> str:
         if isinstance(target, torch._ops.OpOverload) and all(x.isidentifier() for x in str(target).split(".")):

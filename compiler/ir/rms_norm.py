@@ -93,7 +93,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float
         grads.append((g * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype) if x.numel() else torch.zeros_like(weight))
         g = g * (weight.to(dtype) + offset)
     dx = rstd * (g - normed * (g * normed).mean(-1, keepdim=True))
-    return [dx.to(x.dtype), *grads]
+    return [torch.empty_like(x).copy_(dx), *grads]  # laid out like x, not like grad, whose strides a product would take
 
 
 @rms_norm_backward.register_fake

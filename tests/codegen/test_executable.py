@@ -264,3 +264,33 @@ def test_names_that_python_or_the_text_use():
     x = torch.randn(3)
     torch.testing.assert_close(leaves(assemble(gm)([x]))[0], (x + 1).exp())
     assert not any(map(is_launch, gm.graph.nodes))
+
+
+@torch.library.custom_op("tests_executable::turned", mutates_args=())
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """x + 1, from back to front in memory; the fake says otherwise."""
+    return (x + 1).t().contiguous().t()
+
+
+@turned.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("f", [lambda x: turned(x).view(12) * 2, lambda x: turned(x).view(2, 6).view(3, 4).t(), lambda x: turned(x).exp().view(2, 6)], ids=["a view", "views", "behind an op"])
+def test_a_library_call_may_lay_its_result_out_otherwise_than_its_fake_says(f):
+    """A view of such a tensor is refused by torch; what is read is the same elements."""
+    x = torch.randn(3, 4)
+    run = assemble(traced(f, x))
+    torch.testing.assert_close(run([x])[0], _plain(f, x), rtol=0, atol=0)
+
+
+def _plain(f, x):
+    """f with its views as reshapes."""
+    with _Reshapes():
+        return f(x)
+
+
+class _Reshapes(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return (torch.Tensor.reshape if function is torch.Tensor.view else function)(*args, **(kwargs or {}))

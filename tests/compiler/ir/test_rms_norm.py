@@ -72,3 +72,11 @@ def test_a_symbolic_eps_is_guarded_not_frozen():
     x = torch.randn(3, 8)
     for eps in (1e-5, 0.5, 2.0):
         torch.testing.assert_close(compiled(x, eps), ir.reference(x, None, eps, 0.0, "after"))
+
+
+@pytest.mark.parametrize("layouts", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_the_gradient_is_laid_out_as_its_fake_says(layouts):
+    """Heads before positions in one of grad and x and behind them in the other: who views dx relies on x's strides."""
+    grad, x = (torch.randn(2, 3, 5, 8) if plain else torch.randn(2, 5, 3, 8).transpose(1, 2) for plain in layouts)
+    torch.library.opcheck(torch.ops.tileweld.rms_norm_backward, (grad, x, torch.randn(8), 1e-6, 0.0))
+    assert torch.ops.tileweld.rms_norm_backward(grad, x, torch.randn(8), 1e-6, 0.0)[0].stride() == x.stride()
