@@ -28,8 +28,12 @@ def key_source(captures: Captures, key: sympy.Expr | None) -> str:
         if isinstance(e, sc.where) and not e.args[0].has(*_ALONG, *(symbol for symbol, _ in placement.key)):
             return [f"{space}if ({printer(e.args[0])}) {{", *taken(e.args[1], indent + 4), f"{space}}} else {{", *taken(e.args[2], indent + 4), f"{space}}}"]
         needed = _needed(e, placement.key)
-        return [f"{space}for (int n = 0; n < D; ++n) {{", *([f"{space}    const Int d = n;"] if any(x.has(sc.D) for x in (e, *(value for _, value in needed))) else []),
-                *([f"{space}    const float k = key[n];"] if e.has(sc.K) or any(value.has(sc.K) for _, value in needed) else []), *definitions(needed, printer, indent + 4), f"{space}    key[n] = {printer.real(e)};", f"{space}}}"]
+        runs = {symbol: value for symbol, value in needed if isinstance(value, sc.load) and any(captures.runs(value.args[1:], n, sc.D) for n in range(len(value.args) - 1))}  # elements at a pointer of the row: GCC does not move what computes it out of the loop
+        rest = [(symbol, value) for symbol, value in needed if symbol not in runs]
+        body = [f"{space}    const auto {symbol.name} = element({symbol.name}_row[n * {_step(value)}]);" for symbol, value in runs.items()] + definitions(rest, printer, indent + 4)
+        return [*(f"{space}const auto* __restrict {symbol.name}_row = &{captures.place(printer, int(value.args[0].name[1:]), [sympy.Integer(0) if x == sc.D else x for x in value.args[1:]])};" for symbol, value in runs.items()),
+                "#pragma GCC ivdep", f"{space}for (int n = 0; n < D; ++n) {{", *([f"{space}    const Int d = n;"] if any(x.has(sc.D) for x in (e, *(value for _, value in rest))) else []),
+                *([f"{space}    const float k = key[n];"] if e.has(sc.K) or any(value.has(sc.K) for _, value in rest) else []), *body, f"{space}    key[n] = {printer.real(e)};", f"{space}}}"]
 
     ways = [("int32_t, true", ["call.is_narrow", *units])] * bool(units) + [("int32_t, false", ["call.is_narrow"]), ("int64_t, false", [])]
     return "\n".join([
@@ -42,6 +46,12 @@ def key_source(captures: Captures, key: sympy.Expr | None) -> str:
         *definitions(placement.row, captures.printer(), 8), *taken(key, 8), "    }", "}",
         f"INLINE void take_keys({signature}) {{",
         *(f"    {'if (' + ' && '.join(conditions) + ') ' if conditions else ''}return take_rows<{flags}>(call, rows, distance, b, h, first, count);" for flags, conditions in ways), "}", ""])
+
+
+def _step(element) -> str:
+    """The distance of a capture's elements along the channels."""
+    dim = element.args[1:].index(sc.D)
+    return f"(unit ? 1 : call.{element.args[0].name}_stride[{dim}])"
 
 
 def _needed(e, defined) -> list:

@@ -39,23 +39,27 @@ class Captures:
         """checked: index expressions for which the flag `inside` vouches; along: a loop's symbol, for which the flag `unit` tells whether elements of neighbours (keys, or channels of one) are neighbours."""
 
         def load_text(k, indices):
-            if k >= len(self.ranks) or len(indices) != self.ranks[k]:
-                raise UnsupportedError(f"c{k} is read with {len(indices)} indices and has {self.ranks[k] if k < len(self.ranks) else 'no'} dimensions")
-            strides = [f"(unit ? 1 : call.c{k}_stride[{d}])" if along is not None and self._runs(indices, d, along) else f"call.c{k}_stride[{d}]" for d in range(len(indices))]
-            offsets = [f"{self._index(printer, index, f'call.c{k}_size[{d}]', checked)} * {strides[d]}" for d, index in enumerate(indices)]
-            return f"element(call.c{k}[{' + '.join(offsets) or '0'}])"
+            return f"element({self.place(printer, k, indices, checked, along)})"
 
         printer = CppPrinter(load_text, {k: _BOUNDS[dtype] for k, dtype in enumerate(self.dtypes) if dtype in _BOUNDS})
         return printer
 
+    def place(self, printer, k, indices, checked=frozenset(), along=None) -> str:
+        """Where an element of c{k} is stored."""
+        if k >= len(self.ranks) or len(indices) != self.ranks[k]:
+            raise UnsupportedError(f"c{k} is read with {len(indices)} indices and has {self.ranks[k] if k < len(self.ranks) else 'no'} dimensions")
+        strides = [f"(unit ? 1 : call.c{k}_stride[{d}])" if along is not None and self.runs(indices, d, along) else f"call.c{k}_stride[{d}]" for d in range(len(indices))]
+        offsets = [f"{self._index(printer, index, f'call.c{k}_size[{d}]', checked)} * {strides[d]}" for d, index in enumerate(indices)]
+        return f"call.c{k}[{' + '.join(offsets) or '0'}]"
+
     @staticmethod
-    def _runs(indices, d, along) -> bool:
+    def runs(indices, d, along) -> bool:
         """Is dim d that of the loop, and its symbol in no other?"""
         return indices[d] == along and not any(e.has(along) for n, e in enumerate(indices) if n != d)
 
     def units(self, placement, along=sc.J) -> list[str]:
         """Tests that are true where the loads of a key run along memory with the keys, or those of ``along``: the loop then becomes vector instructions."""
-        found = [f"call.{e.args[0].name}_stride[{d}] == 1" for _, value in placement.key for e in sc.loads(value) for d in range(len(e.args) - 1) if self._runs(e.args[1:], d, along)]
+        found = [f"call.{e.args[0].name}_stride[{d}] == 1" for _, value in placement.key for e in sc.loads(value) for d in range(len(e.args) - 1) if self.runs(e.args[1:], d, along)]
         return list(dict.fromkeys(found))
 
     @staticmethod
