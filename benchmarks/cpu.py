@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import fusion
 import torch
+import training
 import typer
 from harness import interleaved, peak_extra, relative_error, run_cases, show
 
@@ -141,7 +142,7 @@ def case_compile() -> dict:
     return {"rows": rows}
 
 
-CASES = {"llama_eager": case_llama_eager, "window_softcap": case_window_softcap, "memory": case_memory, "compile": case_compile, **fusion.CASES}
+CASES = {"llama_eager": case_llama_eager, "window_softcap": case_window_softcap, "memory": case_memory, "compile": case_compile, **fusion.CASES, **training.CASES}
 
 
 def main(cases: list[str] = typer.Argument(None, help=f"some of: {', '.join(CASES)}"), rounds_file: bool = typer.Option(True, "--store/--no-store", help="write benchmarks/results/cpu.json")) -> None:

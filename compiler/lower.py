@@ -6,6 +6,7 @@ is at its limit, or the op's own definition. What was chosen, and why, goes into
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable, Collection, Mapping
 
 import torch
@@ -32,7 +33,7 @@ from .pays import losers
 from .place import CannotPlace, Placer
 from .reinplace import reinplace
 from .report import FoldedWeight, KernelUse, Report
-from .select import SELECTORS, Choice, region
+from .select import SELECTORS, Choice, blocks_instead, region
 
 
 def lower(gm: GraphModule, options: Options, report: Report, number: int, cuda_graphs: bool = False) -> Callable:
@@ -63,8 +64,8 @@ def lower(gm: GraphModule, options: Options, report: Report, number: int, cuda_g
     return assemble(gm, cuda_graphs, getattr(launchers.get(launches.KERNEL.source), "entry", None))
 
 
-def settle(gm: GraphModule, options: Options, report: Report, number: int, timed: Collection[str] = ("linear", "int8_linear"), build_all: bool = True) -> tuple[GraphModule, list[Choice], dict[str, Callable]]:
-    """(the graph, what runs in it, the kernels by source) once matmuls that do not pay are taken apart, and int8 that does not is float.
+def settle(gm: GraphModule, options: Options, report: Report, number: int, timed: Collection[str] = ("linear", "int8_linear", "attention_backward"), build_all: bool = True) -> tuple[GraphModule, list[Choice], dict[str, Callable]]:
+    """(the graph, what runs in it, the kernels by source) once matmuls that do not pay are taken apart, int8 that does not is float, and a backward of attention that does not is blocks of torch operations.
 
     timed: the ops that may lose. build_all False: only kernels of int8 that may are built, for a report.
     """
@@ -80,7 +81,8 @@ def settle(gm: GraphModule, options: Options, report: Report, number: int, timed
         apart |= found
         gm = GraphModule(untouched, copy.deepcopy(untouched.graph))
         choices = choose(gm, options, apart)
-    report.kernels += [KernelUse("int8_linear", "tileweld:linear", reason, number) if name in allowed else KernelUse("linear", "aten:mm", reason, number) for name, reason in apart.items()]
+    blocks = {c.node.name for c in choices if c.op == "attention_backward"}  # which say it themselves
+    report.kernels += [KernelUse("int8_linear", "tileweld:linear", reason, number) if name in allowed else KernelUse("linear", "aten:mm", reason, number) for name, reason in apart.items() if name not in blocks]
     report.int8 += uses(untouched.graph, report.int8_errors, apart, number, options.int8 is not None and options.int8.force)
     return gm, choices, launchers
 
@@ -106,7 +108,7 @@ def note_folded(gm: GraphModule, report: Report, number: int) -> None:
     report.folded += [FoldedWeight(k.name, k.operations, k.sources, k.bytes, number, k.key) for k in kept]
 
 
-def choose(gm: GraphModule, options: Options, apart: Collection[str] = ()) -> list[Choice]:
+def choose(gm: GraphModule, options: Options, apart: Mapping[str, str] = types.MappingProxyType({})) -> list[Choice]:
     """The implementation of every fused op and region of the graph; nothing is built.
 
     Before that, what depends on weights alone is replaced by kept values (in inference), ops that stand for several by their parts (those of the
@@ -126,7 +128,7 @@ def choose(gm: GraphModule, options: Options, apart: Collection[str] = ()) -> li
     for node in gm.graph.nodes:
         selector = SELECTORS.get(node.target) if node.op == "call_function" else None
         if selector is not None:
-            choices.append(choice := selector(node, target_of(node, options), options))
+            choices.append(choice := blocks_instead(node, apart) or selector(node, target_of(node, options), options))
             choice.node = node
     return choices + [region(found, target) for device, target in _region_targets(options) for found in find_regions(gm, device)]
 

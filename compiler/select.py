@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.fx import Node
@@ -91,6 +91,36 @@ def attention(node: Node, target: str, options: Options) -> Choice:
     if choice.kernel is None and len(parts) == 1 and len({x.dtype for x in tensors}) == 1 and (function := _library(variant)) is not None:
         return Choice("attention", choice.reason, "aten:scaled_dot_product_attention", function)
     return choice
+
+
+def attention_backward(node: Node, target: str, options: Options) -> Choice:
+    """tileweld::attention_backward: the generated kernel, on CPUs; else its definition, blocks of torch operations, whose products are the library's."""
+    grad, q, k, v, captures, sizes, *texts = node.args
+    tensors, captured = [value(x) for x in (q, k, v, grad)], [value(c) for c in captures]
+    floats = [n for n, c in enumerate(captured) if c.dtype.is_floating_point]
+    wanted = sorted({floats[u.args[1] - 3] for u in node.users if u.target is operator.getitem and u.args[1] >= 3})
+    reason = "options ask for it" if target == "reference" else "float64 has no kernel" if tensors[0].dtype == torch.float64 else ""
+    if wanted and not reason:
+        reason = f"the gradient of the captured {', '.join(f'c{n}' for n in wanted)} is wanted, a sum over scores that no kernel makes"
+    if len({x.dtype for x in tensors}) > 1 and not reason:
+        reason = "q, k, v and the output's gradient have several dtypes"
+    if not reason:
+        choice = _generated("attention_backward", target, node, [grad, q, k, v, *captures], sizes, (), variant_of(captured, *texts), q_dtype=tensors[0].dtype, capture_dtypes=[c.dtype for c in captured],
+                            capture_ranks=[c.dim() for c in captured], head_dim=int(tensors[0].shape[3]), value_dim=int(tensors[2].shape[3]), num_sizes=len(sizes))
+        if choice.kernel is not None:
+            choice.outputs = results(node)[:3]
+            return choice
+        reason = choice.reason
+    return Choice("attention_backward", reason, BLOCKS)
+
+
+def blocks_instead(node: Node, apart: Mapping[str, str]) -> Choice | None:
+    """The definition of an attention_backward whose kernel is slower; apart: name of a node -> why."""
+    return Choice("attention_backward", apart[node.name], BLOCKS) if node.target is torch.ops.tileweld.attention_backward.default and node.name in apart else None
+
+
+#: how attention_backward runs without a kernel: on its definition, which is no loss to warn of
+BLOCKS = "torch:blocks"
 
 
 def rms_norm(node: Node, target: str, options: Options) -> Choice:
@@ -251,5 +281,5 @@ def _library(variant: Variant) -> Callable | None:
 
 
 #: op -> selector(node, target, options) -> Choice
-SELECTORS = {torch.ops.tileweld.attention.default: attention, torch.ops.tileweld.attention_parts.default: attention, torch.ops.tileweld.attention_lse.default: attention, torch.ops.tileweld.rms_norm.default: rms_norm, torch.ops.tileweld.linear.default: linear,
+SELECTORS = {torch.ops.tileweld.attention.default: attention, torch.ops.tileweld.attention_parts.default: attention, torch.ops.tileweld.attention_lse.default: attention, torch.ops.tileweld.attention_backward.default: attention_backward, torch.ops.tileweld.rms_norm.default: rms_norm, torch.ops.tileweld.linear.default: linear,
              torch.ops.tileweld.int8_linear.default: int8_linear, torch.ops.tileweld.cross_entropy.default: cross_entropy, torch.ops.tileweld.cross_entropy_backward.default: cross_entropy}

@@ -113,16 +113,7 @@ def _dtypes(q_dtype, k_dtype, v_dtype, capture_dtypes):
 
 def _call_source(captures: Captures, num_sizes: int, parts: int) -> str:
     """``struct Call``: the arguments by name, and how they are read from the launcher's arrays."""
-    fields, reads = [], []
-    for k, (dtype, rank) in enumerate(zip(captures.dtypes, captures.ranks)):
-        fields.append(f"    const {ELEMENTS[dtype]}* c{k};")
-        fields.append(f"    const int64_t *c{k}_size, *c{k}_stride;  // rank {rank}")
-        reads.append(f"    call.c{k} = static_cast<const {ELEMENTS[dtype]}*>(data[{k + 3 + parts}]);\n    call.c{k}_size = ints;\n    call.c{k}_stride = ints + {rank};\n    ints += {2 * rank};")
-    sizes = [f"n{k}" for k in range(num_sizes)]
-    if sizes:
-        fields.append(f"    int64_t {', '.join(sizes)};")
-    reads += [f"    call.{name} = *ints++;" for name in sizes]
-    narrow = " && ".join([f"call.{name} < {SIZE_LIMIT}" for name in ("B", "H", "Tq", "Tk")] + [f"call.{name} < {SIZE_LIMIT} && call.{name} > -{SIZE_LIMIT}" for name in sizes])
+    fields, reads, narrow = captures.call_parts(3 + parts, num_sizes, SIZE_LIMIT)
     return "\n".join([
         "struct Call {", "    Element* out;", "    float* lse;", "    const int64_t* lse_stride;", "    const Element* q;", "    const KeyElement* k[PARTS];", "    const ValueElement* v;", "    int64_t B, H, Hk[PARTS], Hv, Tq, Tk, stored_keys;  // the positions of k: fewer than Tk where the text of the keys reads the others elsewhere",
         "    const int64_t *out_stride, *q_stride, *k_stride[PARTS], *v_stride;  // [B, H, T, D], in elements",

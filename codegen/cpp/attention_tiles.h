@@ -88,7 +88,8 @@ INLINE bool needs_fill(const RowState& state) {
     return FINITE_FILL && double(state.top) <= double(FILL) + 104.0;
 }
 
-INLINE void write_row(const Call& call, int64_t b, int64_t h, int64_t i, const float* sums, const RowState& state) {
+template <class Arguments>  // of a forward pass
+INLINE void write_row(const Arguments& call, int64_t b, int64_t h, int64_t i, const float* sums, const RowState& state) {
     const bool empty = EMPTY_IS_ZERO && state.total == 0.0f;
     const float factor = empty ? 0.0f : 1.0f / state.total;  // a row that saw nothing is 0 * inf = NaN
     if constexpr (LSE) call.lse[b * call.lse_stride[0] + h * call.lse_stride[1] + i * call.lse_stride[2]] = state.total == 0.0f ? -std::numeric_limits<float>::infinity() : state.top + __builtin_logf(state.total);

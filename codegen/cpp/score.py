@@ -52,6 +52,17 @@ class Captures:
         offsets = [f"{self._index(printer, index, f'call.c{k}_size[{d}]', checked)} * {strides[d]}" for d, index in enumerate(indices)]
         return f"call.c{k}[{' + '.join(offsets) or '0'}]"
 
+    def call_parts(self, first: int, num_sizes: int, limit: int) -> tuple[list[str], list[str], str]:
+        """(fields of ``struct Call``, what reads them, whether every size is below `limit`) of the captures, tensors `first`, ... of a call, and of n0, n1, ..."""
+        fields, reads, sizes = [], [], [f"n{k}" for k in range(num_sizes)]
+        for k, (dtype, rank) in enumerate(zip(self.dtypes, self.ranks)):
+            fields += [f"    const {ELEMENTS[dtype]}* c{k};", f"    const int64_t *c{k}_size, *c{k}_stride;  // rank {rank}"]
+            reads.append(f"    call.c{k} = static_cast<const {ELEMENTS[dtype]}*>(data[{k + first}]);\n    call.c{k}_size = ints;\n    call.c{k}_stride = ints + {rank};\n    ints += {2 * rank};")
+        if sizes:
+            fields.append(f"    int64_t {', '.join(sizes)};")
+        reads += [f"    call.{name} = *ints++;" for name in sizes]
+        return fields, reads, " && ".join([f"call.{name} < {limit}" for name in ("B", "H", "Tq", "Tk")] + [f"call.{name} < {limit} && call.{name} > -{limit}" for name in sizes])
+
     @staticmethod
     def runs(indices, d, along) -> bool:
         """Is dim d that of the loop, and its symbol in no other?"""
@@ -152,6 +163,20 @@ def row_source(captures: Captures, score, mask) -> str:
         for kind, flags, conditions in _ways(checks, units):
             choose.append(f"    {_when([*when, *conditions])}return score_keys<{kind}, {str(masks).lower()}, {flags}>{arguments};")
     return "\n".join([*_inside_source("indices_inside", placement, captures, checks), *loop, *choose, "}"]) + "\n"
+
+
+def row_loop(name: str, captures: Captures, exprs, body, start, rest: str = "") -> str:
+    """``{name}_row(call, scores, b, h, i, j_lo, width, rest)``: a loop over the scores of a row; body(printer, *placed) gives the lines for one of them, start stands before them."""
+    placement = Placement(*exprs)
+    checks, units = _index_checks(placement), captures.units(placement)
+    printer = captures.printer({index for index, *_ in checks}, along=sc.J)
+    loop = _loop(f"{name}_keys", captures, placement, placement.exprs, start, body(printer, *placement.exprs), printer, rest=f", {rest}" if rest else "")
+    choose = [f"INLINE void {name}_row(const Call& call, float* scores, int64_t b, int64_t h, int64_t i, int64_t j_lo, int64_t width{', ' + rest if rest else ''}) {{"]
+    if checks:
+        choose.append(f"    const bool inside = {name}_inside(call, b, h, i, j_lo, j_lo + width - 1);")
+    for kind, flags, conditions in _ways(checks, units):
+        choose.append(f"    {_when(conditions)}return {name}_keys<{kind}, {flags}>(call, scores, b, h, i, j_lo, int(width){', ' + rest.split()[-1] if rest else ''});")
+    return "\n".join([*_inside_source(f"{name}_inside", placement, captures, checks), *loop, *choose, "}"]) + "\n"
 
 
 def value_source(captures: Captures, value, offset=None) -> str:

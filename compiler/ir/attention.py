@@ -253,15 +253,15 @@ def reference(q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes
 
 @torch.library.custom_op("tileweld::attention_backward", mutates_args=())
 def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], sizes: Sequence[int], score: str, mask: str, fill: float, sink: str, empty: str, value: str = "") -> list[Tensor]:
-    """Gradients of q, k, v and of every float capture, in that order, each in its tensor's shape and dtype; zeros for integers."""
+    """Gradients of q, k, v and of every float capture, in that order, each in its tensor's shape and dtype, the first three over [B, T, H, D] memory; zeros for integers."""
     variant = variant_of(captures, score, mask, fill, sink, empty, value)
     dtype = compute_dtype(q.dtype)
     differentiable = [c for c in captures if c.dtype.is_floating_point]
     if k.shape[2] == 0:
-        return [torch.zeros_like(x) for x in (q, k, v, *differentiable)]
+        return [*(empty_output(x, x.shape[3]).zero_() for x in (q, k, v)), *map(torch.zeros_like, differentiable)]
     heads = q.shape[1]
     all_keys, values = _every_head(k, q, dtype), _every_head(v, q, dtype)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dq = empty_output(q, q.shape[3])
     dk = torch.zeros((q.shape[0], heads, *k.shape[2:]), dtype=dtype, device=q.device)
     dv = torch.zeros((q.shape[0], heads, *v.shape[2:]), dtype=dtype, device=q.device)
     dcaptures = {n: torch.zeros(c.shape, dtype=dtype, device=c.device) for n, c in enumerate(captures) if c.dtype.is_floating_point}
@@ -296,9 +296,8 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, captures: 
             _accumulate(dcaptures, element, -rows.p_sink * delta * rows.evaluate.float(derivative), rows.evaluate)
 
     def to_group(x, like):
-        if not like.dtype.is_floating_point:
-            return torch.zeros_like(like)
-        return x.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype)
+        made = empty_output(like, like.shape[3])
+        return made.copy_(x.unflatten(1, (like.shape[1], -1)).sum(2)) if like.dtype.is_floating_point else made.zero_()
 
     return [dq, to_group(dk, k), to_group(dv, v), *(dcaptures[n].to(captures[n].dtype) for n in sorted(dcaptures))]
 
@@ -334,7 +333,7 @@ def _accumulate(totals, element, value, evaluate):
 
 @attention_backward.register_fake
 def _(grad, q, k, v, captures, sizes, score, mask, fill, sink, empty, value=""):
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, *(c for c in captures if c.dtype.is_floating_point))]
+    return [*(empty_output(x, x.shape[3]) for x in (q, k, v)), *(torch.empty(c.shape, dtype=c.dtype, device=c.device) for c in captures if c.dtype.is_floating_point)]
 
 
 def _setup_context(ctx, inputs, output):

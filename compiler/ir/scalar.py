@@ -16,6 +16,7 @@ Build nodes with the builders below (add, mul, relation, select, ...), never wit
 """
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import re
@@ -345,3 +346,19 @@ def integer_mod(x, y):
 def loads(expr) -> list:
     """Every distinct element access in the expression, in a stable order."""
     return sorted(expr.atoms(load), key=str)
+
+
+def ordered(expr):
+    """A derivative with the floats that sympy added and multiplied as nodes in an order."""
+    if not expr.args or is_bool(expr):
+        return expr
+    if is_int(expr):
+        return expr
+    args = [ordered(x) for x in expr.args]
+    if isinstance(expr, sympy.Add):
+        return functools.reduce(add, args)
+    if isinstance(expr, sympy.Mul):
+        return functools.reduce(mul, args)
+    if isinstance(expr, sympy.Pow):
+        return power(args[0], args[1]) if float(args[1]) > 0 else div(number(1), power(args[0], number(-value_of(args[1]))))
+    return expr.func(*args)
