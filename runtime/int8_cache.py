@@ -4,7 +4,7 @@
     model.forward = torch.compile(model.forward, backend="tileweld")
     model.generate(**inputs, past_key_values=cache)
 
-`asymmetric` and `keys` are those of `tileweld.Int8KV`. It has the interface of transformers' StaticCache; layers with a sliding window keep all positions, of which the model's mask leaves the window.
+`asymmetric`, `keys` and `group` are those of `tileweld.Int8KV`. It has the interface of transformers' StaticCache; layers with a sliding window keep all positions, of which the model's mask leaves the window.
 """
 from __future__ import annotations
 
@@ -70,17 +70,17 @@ class Int8Layer(StaticLayer):
 class Int8Cache(Cache):
     """An int8 cache for every layer of a Hugging Face model.
 
-    config: the model's; max_cache_len: positions that it holds; asymmetric, keys: see Int8KV (keys="channel" takes the range of every channel from the first update, the prompt). Raises UnsupportedError for models with layers that keep something else
+    config: the model's; max_cache_len: positions that it holds; asymmetric, keys, group: see Int8KV (keys="channel" takes the range of every channel from the first update, the prompt; with group=64 from every 64 tokens). Raises UnsupportedError for models with layers that keep something else
     than keys and values of every token (linear attention, chunked attention, shared caches).
     """
 
-    def __init__(self, config, max_cache_len: int, *, asymmetric: bool = False, keys: str = "token"):
+    def __init__(self, config, max_cache_len: int, *, asymmetric: bool = False, keys: str = "token", group: int = 0):
         text = config.get_text_config(decoder=True)
         kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
         unknown = sorted({*kinds} - {*ATTENTION_LAYERS})
         if unknown or getattr(text, "kv_sharing_modes", None) is not None or getattr(text, "attention_chunk_size", None) is not None:
             raise UnsupportedError(f"tileweld.Int8Cache keeps keys and values of attention layers, and this model has {', '.join(unknown) or 'chunked or shared ones'}", cure="use transformers' own cache")
-        super().__init__(layers=[Int8Layer(max_cache_len, asymmetric=asymmetric, keys=keys) for _ in kinds])
+        super().__init__(layers=[Int8Layer(max_cache_len, asymmetric=asymmetric, keys=keys, group=group) for _ in kinds])
 
     @property
     def bytes(self) -> int:

@@ -2,17 +2,23 @@
 
     of a token and KV head       scale = max_d |x| / 127                        x ~ q scale             symmetric
                                  scale = (max_d x - min_d x) / 255              x ~ q scale + shift     asymmetric: shift = min_d x + 128 scale, a zero point of -shift / scale
-    of a channel and KV head     max and min over the tokens of the first update, with HEADROOM: keys alone, the direction that KIVI (2402.02750) finds better for them, without its groups
+    of a channel and KV head     max and min over the tokens of the first update, with HEADROOM: keys alone, the direction that KIVI (2402.02750) finds better for them
+    ... and a group of tokens    the same for every ``group`` tokens, and the newest ``group`` ones in floats: KIVI's own form
 
-and |x - what is read| <= scale / 2; in a cache with scales of channels, later tokens that are further out are clamped. Keys come here behind their rotary embedding, so that it is the channels of turned
+and |x - what is read| <= scale / 2; in a cache with scales of channels for all tokens, later ones that are further out are clamped. Keys come here behind their rotary embedding, so that it is the channels of turned
 keys that have a scale: channels which a rotary turns into each other over the positions have much the same.
 
-Tokens are quantised alone, so that appending gives what quantising all at once gives, bit by bit (scales of channels: once the first update has set them). `update` returns the dequantised tensors by
+Groups: a token becomes int8 when another takes its place among the newest, ``group`` tokens later. Its group is then complete and the group's range final, so that nothing is clamped, or quantised twice, and a
+step of decoding works on two tokens, the new one and the one that leaves, whatever the group (KIVI has between none and ``group`` newest tokens in floats and quantises a group at once). Shapes are static.
+Tokens come in order, each once: a position that is written again would be read where it was first.
+
+Tokens are quantised alone, so that appending gives what quantising all at once gives, bit by bit (scales of channels: once the first update has set them; of groups: always). `update` returns the dequantised tensors by
 plain torch operations: in eager they are made anew at every step, which is right and slow; under torch.compile(backend="tileweld")
 attention reads the int8 elements, and everything else folds (passes/attention.py): scales of tokens into its score and its weights, scales of channels into the queries, shifts into
-a number for every query and key, and for every query.
+a number for every query and key, and for every query; scales of groups are applied to the keys that a kernel has just read.
 
-A row with an inf or a NaN has a scale that is one: everything read from it is NaN. A row of zeros has the scale 0.
+A row with an inf or a NaN has a scale that is one: everything read from it is NaN. A row of zeros has the scale 0. In groups such a token is exact while it is among the newest, and then makes its channel
+of its group NaN.
 """
 from __future__ import annotations
 
@@ -51,6 +57,14 @@ def channel_range(x: Tensor, asymmetric: bool = False) -> tuple[Tensor, Tensor |
     return (high - low) * (HEADROOM / (2 * LARGEST)), (high + low) / 2
 
 
+def _group_range(low: Tensor, high: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """(scale, shift or None) of channels whose elements are between low and high."""
+    if not asymmetric:
+        return torch.maximum(high, -low) / LARGEST, None
+    scale = (high - low) / STEPS
+    return scale, low + (LARGEST + 1) * scale
+
+
 def rounded(x: Tensor, scale: Tensor, lowest: int = LARGEST) -> Tensor:
     """x / scale to the nearest of the integers from -lowest to 127, as int8."""
     q = ((x.float() / torch.where(scale == 0, 1, scale)).clamp(-lowest, LARGEST) + ROUND) - ROUND
@@ -72,23 +86,29 @@ class Int8KV:
     keys, values: int8 [batch, KV heads, length, head dim]; key_scales, value_scales: float32 [batch, KV heads, length, 1].
     dtype: of what `update` returns.
     asymmetric: scales and shifts, key_shifts and value_shifts in the scales' shapes: 8 bytes a token and KV head instead of 4.
-    keys="channel": key_scales (and key_shifts) are [batch, KV heads, 1, head dim], from the tokens of the first update: of the prompt, then. Raises OptionError for other words.
+    keys="channel": key_scales (and key_shifts) are [batch, KV heads, 1, head dim], from the tokens of the first update: of the prompt, then.
+    keys="channel", group=64: they are [batch, KV heads, groups of so many tokens, head dim], and ``recent`` [batch, KV heads, group, head dim] holds the newest tokens in ``dtype``. Then positions ascend by 1
+    from where the last update ended. Raises OptionError for other words and groups.
     """
 
-    def __init__(self, batch: int, heads: int, length: int, head_dim: int, value_dim: int | None = None, *, dtype: torch.dtype = torch.float32, device=None, asymmetric: bool = False, keys: str = "token"):
+    def __init__(self, batch: int, heads: int, length: int, head_dim: int, value_dim: int | None = None, *, dtype: torch.dtype = torch.float32, device=None, asymmetric: bool = False, keys: str = "token", group: int = 0):
         if keys not in ("token", "channel"):
             raise OptionError(f"Int8KV: keys={keys!r}", cure='"token" or "channel": what has a scale of its own')
+        if group < 0 or (group and keys != "channel"):
+            raise OptionError(f"Int8KV: group={group} with keys={keys!r}", cure='the number of tokens that share the scales of channels, with keys="channel"; 0 for one scale for all')
         self.keys = torch.zeros((batch, heads, length, head_dim), dtype=torch.int8, device=device)
         self.values = torch.zeros((batch, heads, length, value_dim or head_dim), dtype=torch.int8, device=device)
-        of_keys, of_values = (batch, heads, 1, head_dim) if keys == "channel" else (batch, heads, length, 1), (batch, heads, length, 1)
+        of_keys, of_values = (batch, heads, -(-length // group) if group else 1, head_dim) if keys == "channel" else (batch, heads, length, 1), (batch, heads, length, 1)
         self.key_scales, self.value_scales = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in (of_keys, of_values))
         self.key_shifts, self.value_shifts = (torch.zeros(shape, dtype=torch.float32, device=device) if asymmetric else None for shape in (of_keys, of_values))
-        self.dtype, self.asymmetric, self.by_channel, self.has_range = dtype, asymmetric, keys == "channel", False
+        self.recent = torch.zeros((batch, heads, group, head_dim), dtype=dtype, device=device) if group else None
+        self.key_lows, self.key_highs = (torch.zeros((batch, heads, 1, head_dim), dtype=torch.float32, device=device) if group else None for _ in range(2))  # of the group that is being filled
+        self.dtype, self.asymmetric, self.by_channel, self.group, self.has_range = dtype, asymmetric, keys == "channel", group, False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """keys, key_scales, values, value_scales, and key_shifts and value_shifts where there are any"""
-        return self.keys, self.key_scales, self.values, self.value_scales, *((self.key_shifts, self.value_shifts) if self.asymmetric else ())
+        """keys, key_scales, values, value_scales, and key_shifts and value_shifts, recent, key_lows and key_highs where there are any"""
+        return self.keys, self.key_scales, self.values, self.value_scales, *((self.key_shifts, self.value_shifts) if self.asymmetric else ()), *((self.recent, self.key_lows, self.key_highs) if self.group else ())
 
     @property
     def bytes(self) -> int:
@@ -96,12 +116,15 @@ class Int8KV:
 
     def update(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Quantise and store k and v [batch, KV heads, T, head dim] at ``positions`` [T] (int64); returns the whole cache, dequantised."""
-        if self.by_channel:
+        if self.group:
+            self._store_by_group(k.to(self.dtype), positions)
+        elif self.by_channel:
             self._store_by_channel(k, positions)
         else:
             self._store(k, positions, self.keys, self.key_scales, self.key_shifts)
         self._store(v, positions, self.values, self.value_scales, self.value_shifts)
-        return dequantize_kv(self.keys, self.key_scales, self.dtype, self.key_shifts), dequantize_kv(self.values, self.value_scales, self.dtype, self.value_shifts)
+        read = self._read_groups(positions[-1:]) if self.group else dequantize_kv(self.keys, self.key_scales, self.dtype, self.key_shifts)
+        return read, dequantize_kv(self.values, self.value_scales, self.dtype, self.value_shifts)
 
     def _store(self, x: Tensor, positions: Tensor, *into: Tensor | None) -> None:
         for kept, new in zip(into, quantize_kv_asymmetric(x) if self.asymmetric else quantize_kv(x)):
@@ -115,6 +138,41 @@ class Int8KV:
                 self.key_shifts.copy_(shift)
             self.has_range = True
         self.keys.index_copy_(2, positions, rounded(k.float() if self.key_shifts is None else k.float() - self.key_shifts, self.key_scales))
+
+    def _store_by_group(self, k: Tensor, positions: Tensor) -> None:
+        """Scales of the groups that k's tokens are in, the tokens that are no longer among the newest, and the newest ones."""
+        group, tokens, first, last = self.group, k.shape[2], positions[:1], positions[-1:]
+        if tokens == 1:
+            begins, wide, leaving = last % group == 0, k.float(), self.recent.index_select(2, last % group)
+            low, high = torch.where(begins, wide, torch.minimum(self.key_lows, wide)), torch.where(begins, wide, torch.maximum(self.key_highs, wide))
+            groups = last // group
+        else:
+            near = torch.arange(group, device=k.device)
+            known = torch.cat([self.recent.index_select(2, (first + near) % group), k], 2)  # positions first - group to last
+            groups = torch.minimum(first // group + torch.arange((tokens + group - 2) // group + 1, device=k.device), last // group)  # one too many where k begins with a group: the last again
+            members = torch.minimum(groups[:, None] * group + near, last) - first + group
+            wide, leaving = known.index_select(2, members.flatten()).unflatten(2, members.shape).float(), known[:, :, :tokens]
+            low, high = wide.amin(3), wide.amax(3)
+        scale, shift = _group_range(low, high, self.asymmetric)
+        self.key_lows.copy_(low[:, :, -1:])
+        self.key_highs.copy_(high[:, :, -1:])
+        self.key_scales.index_copy_(2, groups, scale)
+        if shift is not None:
+            self.key_shifts.index_copy_(2, groups, shift)
+        left = positions - group
+        groups = (left // group).clamp(min=0)
+        x = leaving.float() if shift is None else leaving.float() - self.key_shifts.index_select(2, groups)
+        q = rounded(x, self.key_scales.index_select(2, groups), LARGEST if shift is None else LARGEST + 1)
+        self.keys.index_copy_(2, torch.where(left >= 0, left, last), torch.where((left >= 0)[:, None], q, 0))  # before the first token there is none: zeros go where nothing is read yet
+        self.recent.index_copy_(2, positions[-group:] % group, k[:, :, -group:])
+
+    def _read_groups(self, last: Tensor) -> Tensor:
+        """All positions, of which those up to ``last`` [1] are filled."""
+        j = torch.arange(self.keys.shape[2], device=last.device)
+        wide = self.keys.float() * self.key_scales.index_select(2, j // self.group)
+        if self.asymmetric:
+            wide = wide + self.key_shifts.index_select(2, j // self.group)
+        return torch.where((j <= last - self.group)[:, None], wide, self.recent.index_select(2, j % self.group).float()).to(self.dtype)
 
     def reset(self) -> None:
         """Forget all tokens, in the same memory; the next update sets the range of the channels again."""
