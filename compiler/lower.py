@@ -6,7 +6,6 @@ is at its limit, or the op's own definition. What was chosen, and why, goes into
 from __future__ import annotations
 
 import copy
-import types
 from collections.abc import Callable, Collection, Mapping
 
 import torch
@@ -20,6 +19,8 @@ from ..runtime.interpret import interpreted_entry
 from ..runtime.launch import CppLauncher
 from ..runtime.source_module import load_python_source
 from .assemble import assemble
+from .backward_pays import blocks_instead
+from .backward_pays import slower as slower_backwards
 from .constants import fold_constants
 from .degrade import degrade
 from .errors import BuildError, CompilerNotFound, TileweldError, UnsupportedError
@@ -33,7 +34,7 @@ from .pays import losers
 from .place import CannotPlace, Placer
 from .reinplace import reinplace
 from .report import FoldedWeight, KernelUse, Report
-from .select import SELECTORS, Choice, blocks_instead, region
+from .select import SELECTORS, Choice, region
 
 
 def lower(gm: GraphModule, options: Options, report: Report, number: int, cuda_graphs: bool = False) -> Callable:
@@ -64,7 +65,7 @@ def lower(gm: GraphModule, options: Options, report: Report, number: int, cuda_g
     return assemble(gm, cuda_graphs, getattr(launchers.get(launches.KERNEL.source), "entry", None))
 
 
-def settle(gm: GraphModule, options: Options, report: Report, number: int, timed: Collection[str] = ("linear", "int8_linear", "attention_backward"), build_all: bool = True) -> tuple[GraphModule, list[Choice], dict[str, Callable]]:
+def settle(gm: GraphModule, options: Options, report: Report, number: int, timed: Collection[str] = ("linear", "int8_linear"), build_all: bool = True) -> tuple[GraphModule, list[Choice], dict[str, Callable]]:
     """(the graph, what runs in it, the kernels by source) once matmuls that do not pay are taken apart, int8 that does not is float, and a backward of attention that does not is blocks of torch operations.
 
     timed: the ops that may lose. build_all False: only kernels of int8 that may are built, for a report.
@@ -75,7 +76,7 @@ def settle(gm: GraphModule, options: Options, report: Report, number: int, timed
     while True:  # at most three times: int8, the float op in its place, its parts
         wanted = {c.kernel.source: c for c in choices if c.kernel is not None and (build_all or c.node is not None and c.node.name in allowed)}
         launchers |= _build({source: c for source, c in wanted.items() if source not in launchers}, options, report)
-        found = losers([c for c in choices if c.op in timed and (c.op != "int8_linear" or c.node.name in allowed)], launchers)
+        found = losers([c for c in choices if c.op in timed and (c.op != "int8_linear" or c.node.name in allowed)], launchers) | (slower_backwards(choices, launchers) if build_all else {})
         if not found:
             break
         apart |= found
@@ -108,7 +109,7 @@ def note_folded(gm: GraphModule, report: Report, number: int) -> None:
     report.folded += [FoldedWeight(k.name, k.operations, k.sources, k.bytes, number, k.key) for k in kept]
 
 
-def choose(gm: GraphModule, options: Options, apart: Mapping[str, str] = types.MappingProxyType({})) -> list[Choice]:
+def choose(gm: GraphModule, options: Options, apart: Collection[str] = ()) -> list[Choice]:
     """The implementation of every fused op and region of the graph; nothing is built.
 
     Before that, what depends on weights alone is replaced by kept values (in inference), ops that stand for several by their parts (those of the

@@ -38,19 +38,14 @@ def losers(choices: Sequence[Choice], launchers: dict[str, Callable]) -> dict[st
     found = {}
     for choice in choices:
         k = choice.kernel
-        if choice.op not in ("linear", "int8_linear", "attention_backward") or k is None or k.language != "cpp" or k.source not in launchers:
-            continue
-        if choice.op == "attention_backward":
-            fused, apart = _seconds(choice, k, launchers[k.source], *(value(n) for n in choice.inputs))
-            if fused > apart:
-                found[choice.node.name] = f"blocks of torch operations are faster here: {apart * 1e3:.2f} ms against {fused * 1e3:.2f}"
+        if choice.op not in ("linear", "int8_linear") or k is None or k.language != "cpp" or k.source not in launchers:
             continue
         x, *rest = (value(n) for n in choice.inputs)
         weights = rest[:len(choice.node.args[1])]
         rows = _hint(x.shape[0])
         if sum(2.0 * rows * w.shape[0] * w.shape[1] for w in weights) < WORTH_TIMING:
             continue
-        fused, apart = _seconds(choice, k, launchers[k.source], x, *rest)
+        fused, apart = _seconds(choice, k, launchers[k.source], x, weights, rest[len(weights):])
         if choice.op == "int8_linear":  # it costs accuracy: no margin
             if fused >= apart and (fused, apart) != _UNSTEADY:
                 found[choice.node.name] = f"the float product is faster here: {apart * 1e3:.2f} ms against {fused * 1e3:.2f}"
@@ -68,11 +63,10 @@ def _hint(n) -> int:
     return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
 
 
-def _seconds(choice: Choice, kernel: Kernel, launch: Callable, *tensors) -> tuple[float, float]:
+def _seconds(choice: Choice, kernel: Kernel, launch: Callable, x, weights, captures) -> tuple[float, float]:
     """(the kernel's time, the library's with its passes over memory), from the cache or measured now."""
-    shapes = [[_hint(n) for n in t.shape] for t in tensors]
-    weights = len(choice.node.args[1]) if choice.op != "attention_backward" else 3  # tensors whose strides count: x and the weights; the gradient, q, k and v
-    strides = [[_hint(n) for n in t.stride()] for t in tensors[:1 + weights]]
+    shapes = [[_hint(n) for n in t.shape] for t in (x, *weights, *captures)]
+    strides = [[_hint(n) for n in t.stride()] for t in (x, *weights)]
     key = cache.entry_key("pays 2", kernel.source, shapes=shapes, strides=strides, threads=torch.get_num_threads())
     if key not in _known:
         path = cache.root() / f"{key}.pays.json"
@@ -80,7 +74,7 @@ def _seconds(choice: Choice, kernel: Kernel, launch: Callable, *tensors) -> tupl
             fused, apart = json.loads(path.read_text())
             _known[key] = float(fused), float(apart)
         except (OSError, ValueError, TypeError):
-            _known[key] = _measured_blocks(choice, launch, tensors) if choice.op == "attention_backward" else _measured(choice, launch, tensors[0], tensors[1:1 + weights], tensors[1 + weights:])
+            _known[key] = _measured(choice, launch, x, weights, captures)
             if _known[key] != _UNSTEADY:
                 cache.put_text(path, json.dumps(_known[key]))
             log.get("codegen").debug("%s: %.3f ms, apart %.3f ms", kernel.name, *(1e3 * s for s in _known[key]))
@@ -128,29 +122,6 @@ def _measured(choice, launch, x, weights, captures) -> tuple[float, float]:
             if (done >= 3 and time.perf_counter() - started > SECONDS) or (done >= 2 and _is_steady(times) and _is_clear(min(times[0]), (1.0 if choice.op == "int8_linear" else MARGIN) * min(times[1]))):
                 break
     return (min(times[0]), min(times[1])) if _is_steady(times) else _UNSTEADY
-
-
-def _measured_blocks(choice, launch, tensors) -> tuple[float, float]:
-    """Of attention's backward and its definition, which takes twice to ten times as long: often one round tells."""
-    grad, q, k, v, captures, sizes, *texts = choice.node.args
-    with real_tensors():
-        ins, ints = [_like(t) for t in tensors], [_hint(n if not isinstance(n, torch.fx.Node) else value(n)) for n in choice.ints]
-        for index in (x for x in ins[4:] if not x.dtype.is_floating_point):
-            index.fill_(1)  # positions in a table, and masks that hold
-        outs, times = [_like(value(o)) for o in choice.outputs], ([], [])
-        calls = (lambda: launch([*outs, *ins], ints, ()), lambda: choice.node.target(*ins[:4], ins[4:], ints, *texts))
-        calls[0]()
-        for done in range(1, ROUNDS + 1):
-            for own, call in zip(times, calls):
-                start = time.perf_counter()
-                try:
-                    call()
-                except IndexError:  # a table of one row
-                    return _UNSTEADY
-                own.append(time.perf_counter() - start)
-            if _is_clear(min(times[0]), min(times[1]) / 1.5) and (done >= 2 or times[1][0] > 1.5 * times[0][0]):
-                break
-    return min(times[0]), min(times[1])
 
 
 def _is_steady(times) -> bool:

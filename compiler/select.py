@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.fx import Node
@@ -112,11 +112,6 @@ def attention_backward(node: Node, target: str, options: Options) -> Choice:
             return choice
         reason = choice.reason
     return Choice("attention_backward", reason, BLOCKS)
-
-
-def blocks_instead(node: Node, apart: Mapping[str, str]) -> Choice | None:
-    """The definition of an attention_backward whose kernel is slower; apart: name of a node -> why."""
-    return Choice("attention_backward", apart[node.name], BLOCKS) if node.target is torch.ops.tileweld.attention_backward.default and node.name in apart else None
 
 
 #: how attention_backward runs without a kernel: on its definition, which is no loss to warn of
