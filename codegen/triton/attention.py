@@ -34,6 +34,7 @@ mask    $mask
 fill    $fill, a row without a key gives $empty
 sink    $sink
 value   $value
+key     $key
 dtypes  $dtypes; head dim $head_dim, value dim $value_dim
 """
 import torch
@@ -65,10 +66,10 @@ $decode
 def attention(tensors, ints, floats):
     """tensors: $output_tensors, q [B, H, Tq, D], $key_tensors, v [B, Hv, Tk, Dv], $captures; ints: $sizes. Fills out."""
     $outputs, q, $keys, v, *captures = tensors
-    if k.shape[2] == 0:
+    if v.shape[2] == 0:
         out.zero_()
         $empty_lse
-    if out.numel() == 0 or k.shape[2] == 0:
+    if out.numel() == 0 or v.shape[2] == 0:
         return
     if q.device.type == "cpu":
         if $widened:  # the interpreter computes bf16 on raw bits
@@ -91,7 +92,7 @@ def index_type(*tensors):
 
 def launch_prefill($outputs, q, $keys, v, captures, ints):
     B, H, Tq, _ = q.shape
-    Tk = k.shape[2]
+    Tk = v.shape[2]
     arguments, index = ($prefill_call), index_type(out, q, $keys, v)
 
     def launch(config):
@@ -104,7 +105,7 @@ def launch_prefill($outputs, q, $keys, v, captures, ints):
 
 def launch_decode($outputs, q, $keys, v, captures, ints):
     B, H, Tq, _ = q.shape
-    Tk, pairs, width = k.shape[2], B * k.shape[1], v.shape[3]
+    Tk, pairs, width = v.shape[2], B * k.shape[1], v.shape[3]
     rows = Tq * H // k.shape[1]
     block_m = min(max(16, triton.next_power_of_2(rows)), DECODE_BLOCK)
     programs = pairs * triton.cdiv(rows, block_m)
@@ -168,13 +169,15 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
         raise UnsupportedError(f"keys of head dim {head_dim} in parts of {list(key_dims)}", cure=f"at most {len(KEYS)} parts of at least 1 that add up to the head dim")
     if (width := sum(chunk.width for dim in key_dims for chunk in chunks(dim))) > MAX_WIDTH:
         raise UnsupportedError(f"keys in parts of {list(key_dims)} take tiles of {width} dims", cure=f"{MAX_WIDTH} are supported: parts that are powers of two need no padding")
+    if variant.key and len(key_dims) > 1:
+        raise UnsupportedError("no Triton attention kernel for a text of keys in parts", cure="give it keys in one tensor")
     text = AttentionText(variant, key_dims, value_dim, q_dtype, k_dtype != q_dtype, v_dtype != q_dtype, lse)
     letters = ["q", *text.keys, "v", "o"]
     tensors = [f"stride_{letter}{axis}" for letter in letters for axis in _STRIDES[letter][1]]
     pointers = ["out_ptr", *(["lse_ptr"] if lse else []), "q_ptr", *(f"{letter}_ptr" for letter in text.keys), "v_ptr"]
     capture_names = [name for k, rank in enumerate(capture_ranks)
                      for name in (f"c{k}_ptr", *(f"c{k}_s{axis}" for axis in range(rank)), *(f"c{k}_n{axis}" for axis in range(rank)))]
-    sizes = ["H", *(f"GROUP_{letter.upper()}" for letter in text.keys), "GROUP_V", "Tq", "Tk", *(f"n{n}" for n in range(num_sizes))]
+    sizes = ["H", *(f"GROUP_{letter.upper()}" for letter in text.keys), "GROUP_V", "Tq", "Tk", "stored_keys", *(f"n{n}" for n in range(num_sizes))]
     prefill = text.kernel([*pointers, *tensors], capture_names, sizes)
     decode = decode_kernels(text, [*pointers, *tensors], capture_names, sizes)
     units = [f"stride_{letter}d" for letter in letters] + [f"c{k}_s{rank - 1}" for k, rank in enumerate(capture_ranks)]
@@ -191,18 +194,18 @@ def emit(variant: Variant, *, q_dtype: torch.dtype, capture_dtypes: Sequence[tor
     captures = ", ".join(f"c{k} {str(d).removeprefix('torch.')}[{rank}-d]" for k, (d, rank) in enumerate(zip(capture_dtypes, capture_ranks, strict=True)))
     source = fill(
         MODULE, score=variant.score, mask=variant.mask, fill=variant.fill, empty={"nan": "nan", "zero": "0", "added": "the mean"}[variant.empty], sink=variant.sink or "none", value=(variant.value or "1") + ("" if variant.offset_expr is not None else ", a factor of the weights that the denominator does not see"),
-        widened="q.dtype != torch.float32" if text.wide_range else "torch.bfloat16 in (q.dtype, k.dtype, v.dtype)",
+        key=variant.key or "k", widened="q.dtype != torch.float32" if text.wide_range else "torch.bfloat16 in (q.dtype, k.dtype, v.dtype)",
         dtypes=dtype + "".join(f", {name} {_name(d)}" for name, d in (("k", k_dtype), ("v", v_dtype)) if d != q_dtype) + (f", {captures}" if captures else ""), head_dim=" + ".join(map(str, key_dims)), value_dim=value_dim, keys=", ".join(text.keys), outputs="out, lse" if lse else "out", near="near, lse" if lse else "near", output_tensors="out [B, H, Tq, Dv]" + (", lse [B, H, Tq]" if lse else ""),
         empty_lse='lse.fill_(float("-inf"))' if lse else [],
         key_tensors=", ".join(f"{x} [B, Hk, Tk, {dim}]" for x, dim in zip(text.keys, key_dims)), key_test="".join(f" and k.shape[1] % {x}.shape[1] == 0" for x in text.keys[1:]), captures=captures or "no captures",
         sizes=", ".join(f"n{n}" for n in range(num_sizes)) or "none", functions=text.functions(), prefill=prefill, decode=decode,
         prefill_call=", ".join(map(_host_argument, text.prefill)), decode_call=", ".join(map(_host_argument, text.decode)),
         redo="decode_kernel[(programs, 1)](*arguments, SPLIT=False, REDO=True, **options)" if text.finite_fill else [],
-        decode_rows=DECODE_ROWS if max(head_dim, value_dim) <= WIDE else 1 << 20, decode_block=_decode_block(q_dtype, head_dim, value_dim), configs=[_configs(q_dtype, key_dims, value_dim, backend, dense=text.dense) for backend in ("cuda", "ampere", "hip", "cpu")],
-        decode_configs=[_configs(q_dtype, key_dims, value_dim, backend, decode=True) for backend in ("cuda", "ampere", "hip", "cpu")],
+        decode_rows=DECODE_ROWS if max(head_dim, value_dim) <= WIDE else 1 << 20, decode_block=_decode_block(q_dtype, head_dim, value_dim), configs=[_configs(q_dtype, key_dims, value_dim, backend, text.group, dense=text.dense) for backend in ("cuda", "ampere", "hip", "cpu")],
+        decode_configs=[_configs(q_dtype, key_dims, value_dim, backend, text.group, decode=True) for backend in ("cuda", "ampere", "hip", "cpu")],
         prefill_aot=prefill_aot, prefill_constants=prefill_constants, decode_aot=decode_aot, decode_constants=decode_constants, combine_aot=combine_aot)
     detail = f"score={variant.score} mask={variant.mask} {dtype} head dim {head_dim}" + (f"/{value_dim}" if value_dim != head_dim else "")
-    detail += "".join(f" {name} {_name(d)}" for name, d in (("k", k_dtype), ("v", v_dtype)) if d != q_dtype) + (f" value={variant.value}" if variant.value else "")
+    detail += "".join(f" {name} {_name(d)}" for name, d in (("k", k_dtype), ("v", v_dtype)) if d != q_dtype) + (f" value={variant.value}" if variant.value else "") + (f" key={variant.key}" if variant.key else "")
     detail += " with log-sum-exp" if lse else ""
     return Kernel(name="attention", language="triton", source=source, entry="attention", rewrite="attention", detail=detail)
 
@@ -230,8 +233,10 @@ def _decode_block(dtype, head_dim, value_dim) -> int:
     return 64 if max(head_dim, value_dim) <= WIDE else 16 if dtype == torch.float32 else 32
 
 
-def _configs(dtype, key_dims, value_dim, backend, **kind) -> str:
-    chosen = [(c.block_m, c.block_n, c.num_warps, c.num_stages) for c in configs(dtype, key_dims, value_dim, backend, **kind)]
+def _configs(dtype, key_dims, value_dim, backend, group=0, **kind) -> str:
+    """group: positions of keys that share scales; a tile of several groups has a tile of scales, a tile inside of one group a vector."""
+    most = group if group >= 16 and group.bit_count() == 1 else 1 << 10
+    chosen = list(dict.fromkeys((c.block_m, min(c.block_n, most), c.num_warps, c.num_stages) for c in configs(dtype, key_dims, value_dim, backend, **kind)))
     return f'"{backend}": {chosen!r},'
 
 
@@ -255,4 +260,4 @@ def _host_argument(name: str) -> str:
     if name.startswith("c"):
         k, part = name[1:].split("_")
         return f"captures[{k}].{'stride' if part[0] == 's' else 'size'}({part[1:]})"
-    return {"GROUP_K": "H // k.shape[1]", "GROUP_R": "H // r.shape[1]", "GROUP_V": "H // v.shape[1]"}.get(name) or (f"ints[{name[1:]}]" if name[0] == "n" else name)
+    return {"GROUP_K": "H // k.shape[1]", "GROUP_R": "H // r.shape[1]", "GROUP_V": "H // v.shape[1]", "stored_keys": "k.shape[2]"}.get(name) or (f"ints[{name[1:]}]" if name[0] == "n" else name)

@@ -105,7 +105,7 @@ def decode_kernels(text: AttentionText, parameters: list[str], captures: list[st
         loop = f"if REDO:\n    {text.call(text.arguments, 'first', 'last', True, exact=True)}\nelse:\n    {loop}"
         exact = ["if not REDO:", *("    " + line for line in exact)]
         keep = "if REDO:\n    keep = (marked == 1)[:, None]\nelse:\n    keep = i < Tq"
-    body = dict(keys=[f"{x}_ptr += tl.cast(b, tl.int64) * stride_{x}b + tl.cast({_key_head(x)}, tl.int64) * stride_{x}h" for x in text.keys], queries=text.queries(), hoisted=text.hoists(), start=text.start(packed=True), redo=REDO.strip() if finite else [], bounds=text.bounds(packed=True),
+    body = dict(keys=[f"{x}_ptr += tl.cast(b, tl.int64) * stride_{x}b + tl.cast({_key_head(x)}, tl.int64) * stride_{x}h" for x in text.keys] + text.key_head("kv_head"), queries=text.queries(), hoisted=text.hoists(), start=text.start(packed=True), redo=REDO.strip() if finite else [], bounds=text.bounds(packed=True),
                 sinkless=['m = tl.where(split == 0, m, float("-inf"))  # the sink counts once', "l = tl.where(split == 0, l, 0.0)"] if sink else [],
                 loop=loop, exact=exact, keep=keep, finish=text.finish("keep", "record"),
                 partial=[f"tl.store(acc_rows + vdims{n}[None, :], acc{n}, mask=(i < Tq){_inside(c, f'vdims{n}[None, :]')})" for n, c in enumerate(text.v_chunks)])

@@ -17,6 +17,7 @@ import math
 
 import sympy
 import torch
+from sympy.core.relational import Relational
 
 from ...compiler.ir import scalar as sc
 from ...compiler.ir.attention import Variant
@@ -81,6 +82,20 @@ def attention_kernel($arguments):
 '''
 
 
+def _loads_under_conditions(e):
+    """where(c, x, load) as where(not c, load, x), whose load is of the elements that take it alone (the newest keys are a tile or two of thousands)."""
+    if not isinstance(e, sc.where):
+        return e
+    c, x, y = e.args[0], *map(_loads_under_conditions, e.args[1:])
+    return sc.where(sympy.Not(c), y, x) if isinstance(y, sc.load) and not isinstance(x, sc.load) and isinstance(c, Relational) else sc.where(c, x, y)
+
+
+def _group(element) -> int:
+    """n where all keys of [m n, (m + 1) n) read the same element for a channel, 0 for none."""
+    parts = {a for a in element.atoms(sc.floordiv) if a.args[0] == sc.J and a.args[1].is_Integer and a.args[1] > 0}
+    return math.gcd(*(int(a.args[1]) for a in parts)) if parts and not element.xreplace({a: sympy.Integer(0) for a in parts}).has(sc.J) else 0
+
+
 def widened_strides(parameters: list[str]) -> list[str]:
     """Where a tile's offsets leave 32 bits they are products with strides of 64."""
     return ["if INDEX == tl.int64:", *(f"    {name} = tl.cast({name}, tl.int64)" for name in parameters if name.startswith("stride_") and name[-1] in "ijd")]
@@ -112,6 +127,12 @@ class AttentionText:
         self.raw_scale = scale * LOG2E if scale and 0 < scale < 1e30 else None
         self.unit, self.score = (1.0, folded) if folded is not None else (LOG2E, score)
         value = list(dict.fromkeys(load for e in (variant.value_expr, variant.offset_expr) if e is not None for load in sc.loads(e)))
+        self.key = None if variant.key_expr is None else _loads_under_conditions(variant.key_expr)
+        self.dense |= self.key is not None  # a captured element for every one of a tile of keys
+        self.hoisted_keys = {load: f"c{load.args[0].name[1:]}_keys{n}" for n, load in enumerate(x for x in (sc.loads(self.key) if self.key is not None else ()) if not x.has(sc.J) and not x.has(sc.D))}  # h is the keys' there
+        in_groups = {load: n for load in (sc.loads(self.key) if self.key is not None else ()) if load not in self.hoisted_keys and (n := _group(load))}
+        self.grouped = {load: f"c{load.args[0].name[1:]}_group{n}" for n, load in enumerate(in_groups)}
+        self.group = math.gcd(*in_groups.values())  # positions that share what they are multiplied with; 0 where there are none
         self.hoisted = {load: f"c{load.args[0].name[1:]}_{'row' if load.has(sc.I) else 'head'}{n}"
                         for n, load in enumerate(x for x in sc.loads(score) + [y for y in sc.loads(variant.mask_expr) if y not in sc.loads(score)] + [y for y in value if y not in sc.loads(score) + sc.loads(variant.mask_expr)] if not x.has(sc.J))}
 
@@ -145,9 +166,28 @@ class AttentionText:
         lines = []
         for n, (letter, start, chunk) in enumerate(self.key_chunks):
             dims = f"(dims{n}[:, None] - {start})" if start else f"dims{n}[:, None]"
-            lines += self._load(f"k{n}", f"{letter}_tile + {dims} * stride_{letter}d + keys[None, :] * stride_{letter}j", chunk, f"dims{n}[:, None]", "j")
-            lines.append(f"s = tl.dot(q{n}, k{n}{self.cast(self.widened_keys)}{', s' if n else ''}{precision})")
+            pointer = f"{letter}_tile + {dims} * stride_{letter}d + keys[None, :] * stride_{letter}j"
+            lines += self._load(f"k{n}", pointer, chunk, f"dims{n}[:, None]", "j") if self.key is None else self._taken(n, pointer, chunk)
+            lines.append(f"s = tl.dot(q{n}, k{n}{self.cast(self.widened_keys and self.key is None)}{', s' if n else ''}{precision})")
         return lines
+
+    def _taken(self, n: int, pointer: str, chunk: Chunk) -> list[str]:
+        """A tile of keys, [channels, keys], by their text; behind the stored ones k is 0."""
+        dims = f"dims{n}[:, None]"
+        inside = f"({dims} < {chunk.start + chunk.used})" if chunk.padded else ""
+        names, padding = {"k": f"k{n}", "d": dims, "h": "key_head"}, {"d": inside} if inside else {}
+
+        def taken(masked):
+            guards = ({"j": "j < Tk"} if masked else {}) | padding
+            text = self.print(self.key, names=names, guards=guards, hoisted=self.hoisted_keys | {load: name + f"_{n}" for load, name in self.grouped.items()})
+            return f"tl.where({inside}, {text}, 0.0)" if inside else text  # queries are 0 in the padding, and 0 times inf would be NaN
+
+        one = [f"{name}_{n} = {self.print(load, names=names | {'j': 'j0'}, guards=padding, hoisted=self.hoisted_keys)}" for load, name in self.grouped.items()]
+        many = [f"{name}_{n} = {self.print(load, names=names, guards={'j': 'j < Tk'} | padding, hoisted=self.hoisted_keys)}" for load, name in self.grouped.items()]
+        shares = ["\n".join([f"if {self.group} % BLOCK_N == 0:  # a tile lies in one group", *("    " + x for x in one), "else:", *("    " + x for x in many)])] if self.grouped else []
+        return [*shares, f"k{n} = tl.load({pointer}, mask={' & '.join(filter(None, ('(j < stored_keys)', inside)))}, other=0.0).to(tl.float32)",
+                f"if MASKED:\n    k{n} = {taken(True)}\nelse:\n    k{n} = {taken(False)}",
+                f"k{n} = (k{n}{'' if self.key.has(sc.K) else f' + tl.zeros([{chunk.width}, BLOCK_N], tl.float32)'}).to(q0.dtype)"]
 
     @staticmethod
     def cast(widened: bool) -> str:
@@ -215,7 +255,7 @@ class AttentionText:
             may = self.print(self.ranges.tile_test, names={"j_lo": "j0", "j_hi": "(tl.minimum(j0 + BLOCK_N, Tk) - 1)"})
             head = f"if TEST:\n    visit = {may}\nelse:\n    visit = j0 >= 0\nif visit:  # else the tile holds no visible key\n"
             tile = head + "".join(f"    {line}\n" for line in tile.splitlines())
-        names = used(tile, ["b", "h", "i_lo", "i_hi", *scalars, *self.hoisted.values()])
+        names = used(tile, ["b", "h", "key_head", "i_lo", "i_hi", *scalars, *self.hoisted.values(), *self.hoisted_keys.values()])
         arguments = [*self.state, *(f"q{n}" for n in range(len(self.qk_chunks))), *(f"{x}_ptr" for x in self.keys), "v_ptr", *(f"stride_{x}{axis}" for x in (*self.keys, "v") for axis in "jd"), "i", *names, "start", "stop"]
         constants = ["BLOCK_N: tl.constexpr", "MASKED: tl.constexpr", "EXACT: tl.constexpr", *(["TEST: tl.constexpr"] if self.tested else [])]
         dims = self._dims("dims", self.qk_chunks) + self._dims("vdims", self.v_chunks)
@@ -313,14 +353,18 @@ class AttentionText:
         return lines
 
     def hoists(self) -> list[str]:
-        return [f"{name} = {self.print(load, guards={'i': 'i < Tq'})}" for load, name in self.hoisted.items()]
+        return [f"{name} = {self.print(load, guards={'i': 'i < Tq'})}" for load, name in self.hoisted.items()] + [f"{name} = {self.print(load, names={'h': 'key_head'})}" for load, name in self.hoisted_keys.items()]
+
+    def key_head(self, text: str) -> list[str]:
+        """The head of the keys, where their text reads it."""
+        return [f"key_head = {text}"] if self.key is not None and self.key.has(sc.H) else []
 
     def kernel(self, parameters: list[str], captures: list[str], sizes: list[str]) -> str:
         """The jit functions of the prefill. captures, sizes: the names that an expression may read; those in use become parameters."""
         self.attend_text, self.arguments = self.attend([*sizes, *captures])
         falls = any(e.has(sc.I) for e in self.ranges.uppers)  # causal: the last block of rows is the longest, so it starts first
         body = dict(first_row="(blocks - 1 - block)" if falls else "block", order="  # the longest blocks first" if falls else "",
-                    keys=[f"{x}_ptr += tl.cast(b, tl.int64) * stride_{x}b + tl.cast(h // GROUP_{x.upper()}, tl.int64) * stride_{x}h" for x in self.keys],
+                    keys=[f"{x}_ptr += tl.cast(b, tl.int64) * stride_{x}b + tl.cast(h // GROUP_{x.upper()}, tl.int64) * stride_{x}h" for x in self.keys] + self.key_head("h // GROUP_K"),
                     queries=self.queries(), hoisted=self.hoists(), start=self.start(), bounds=self.bounds(), loops=self.loops(self.arguments),
                     exact=self.exact(self.arguments), finish=self.finish())
         names, unspecialized = self.parameters(body, captures, sizes)
