@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from .errors import UnsupportedError
+from .ir import attention_keys as _attention_keys_op  # noqa: F401 (registers the op)
 from .ir import attention_lse as _attention_lse_op  # noqa: F401 (registers the op)
 from .ir import attention_parts as _attention_parts_op  # noqa: F401 (registers the op)
 from .ir import int8_linear as _int8_linear_op  # noqa: F401 (registers the op)
@@ -63,7 +64,7 @@ def results(node: Node) -> list:
 
 
 def attention(node: Node, target: str, options: Options) -> Choice:
-    """tileweld::attention, attention_parts and attention_lse: the generated kernel (on CPUs 1.1 to 16x torch's SDPA, benchmarks/kernels_cpu.py); where there is none, torch's SDPA or the definition."""
+    """tileweld::attention, attention_keys, attention_parts and attention_lse: the generated kernel (on CPUs 1.1 to 16x torch's SDPA, benchmarks/kernels_cpu.py); where there is none, torch's SDPA or the definition."""
     q, k, v, captures, sizes, *texts = node.args
     parts = list(k) if isinstance(k, (list, tuple)) else [k]
     tensors = [value(x) for x in (q, parts[0], v)]
@@ -88,7 +89,7 @@ def attention(node: Node, target: str, options: Options) -> Choice:
     if has_lse:
         choice.outputs = results(node) if choice.kernel is not None else []
         return choice
-    if choice.kernel is None and len(parts) == 1 and len({x.dtype for x in tensors}) == 1 and (function := _library(variant)) is not None:
+    if choice.kernel is None and len(parts) == 1 and not variant.key and len({x.dtype for x in tensors}) == 1 and (function := _library(variant)) is not None:
         return Choice("attention", choice.reason, "aten:scaled_dot_product_attention", function)
     return choice
 
@@ -276,5 +277,5 @@ def _library(variant: Variant) -> Callable | None:
 
 
 #: op -> selector(node, target, options) -> Choice
-SELECTORS = {torch.ops.tileweld.attention.default: attention, torch.ops.tileweld.attention_parts.default: attention, torch.ops.tileweld.attention_lse.default: attention, torch.ops.tileweld.attention_backward.default: attention_backward, torch.ops.tileweld.rms_norm.default: rms_norm, torch.ops.tileweld.linear.default: linear,
+SELECTORS = {torch.ops.tileweld.attention.default: attention, torch.ops.tileweld.attention_keys.default: attention, torch.ops.tileweld.attention_parts.default: attention, torch.ops.tileweld.attention_lse.default: attention, torch.ops.tileweld.rms_norm.default: rms_norm, torch.ops.tileweld.linear.default: linear,
              torch.ops.tileweld.int8_linear.default: int8_linear, torch.ops.tileweld.cross_entropy.default: cross_entropy, torch.ops.tileweld.cross_entropy_backward.default: cross_entropy}

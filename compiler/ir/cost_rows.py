@@ -97,11 +97,11 @@ def operations(e) -> int:
 
 
 def _scores(c: Call):
-    """(visible scores over all heads, D, Dv, the variant) of a tileweld::attention, attention_lse or attention_parts."""
+    """(visible scores over all heads, D, Dv, the variant) of a tileweld::attention, attention_keys, attention_lse or attention_parts."""
     q, k, v = c["q"], c["k"] if "k" in c.arguments else c["parts"][0], c["v"]
     variant = variant_of(c["captures"], c["score"], c["mask"], c["fill"], c["sink"], c["empty"], c["value"])
-    share = visible(variant.mask_expr, q.shape[2], k.shape[2], c["sizes"])
-    return share * elements(q) / size(q.shape[3]) * size(k.shape[2]), size(q.shape[3]), size(v.shape[3]), variant
+    share = visible(variant.mask_expr, q.shape[2], v.shape[2], c["sizes"])
+    return share * elements(q) / size(q.shape[3]) * size(v.shape[2]), size(q.shape[3]), size(v.shape[3]), variant
 
 
 def _attention(c: Call):
@@ -190,7 +190,7 @@ ROWS: dict[str, Row] = {
     "transformers::grouped_mm_fallback": Row(matmul=lambda c: 2 * elements(c["input"]) * size(c["weight"].shape[-1])),
     "transformers::grouped_mm_fallback_backward": Row(matmul=lambda c: 4 * elements(c["input"]) * size(c["weight"].shape[-1])),
     # attention
-    **dict.fromkeys(("tileweld::attention", "tileweld::attention_lse", "tileweld::attention_parts"), Row(matmul=_attention, vector=_attention_vector)),
+    **dict.fromkeys(("tileweld::attention", "tileweld::attention_keys", "tileweld::attention_lse", "tileweld::attention_parts"), Row(matmul=_attention, vector=_attention_vector)),
     "tileweld::merge_lse": Row(vector=lambda c: 2 * elements(c.out) * len(c["outs"]) + 4 * elements(c.outs[1]) * len(c["lses"])),  # a product and a sum an element; maximum, difference, exp, sum a row
     "tileweld::attention_backward": Row(matmul=_attention_backward, vector=_attention_backward_vector),
     **dict.fromkeys(("aten::scaled_dot_product_attention", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention",
