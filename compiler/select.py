@@ -278,4 +278,4 @@ def _library(variant: Variant) -> Callable | None:
 
 #: op -> selector(node, target, options) -> Choice
 SELECTORS = {torch.ops.tileweld.attention.default: attention, torch.ops.tileweld.attention_keys.default: attention, torch.ops.tileweld.attention_parts.default: attention, torch.ops.tileweld.attention_lse.default: attention, torch.ops.tileweld.rms_norm.default: rms_norm, torch.ops.tileweld.linear.default: linear,
-             torch.ops.tileweld.int8_linear.default: int8_linear, torch.ops.tileweld.cross_entropy.default: cross_entropy, torch.ops.tileweld.cross_entropy_backward.default: cross_entropy}
+             torch.ops.tileweld.attention_backward.default: attention_backward, torch.ops.tileweld.int8_linear.default: int8_linear, torch.ops.tileweld.cross_entropy.default: cross_entropy, torch.ops.tileweld.cross_entropy_backward.default: cross_entropy}
