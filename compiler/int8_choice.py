@@ -13,7 +13,8 @@ from torch.fx import Graph, GraphModule, Node
 from .capture import real_tensors
 from .int8_use import Int8Use
 from .ir.graph import is_call, value
-from .ir.int8_linear import dequantized
+from .ir.int8_linear import arguments, dequantized
+from .row_max import take_none_unread
 
 tileweld = torch.ops.tileweld
 
@@ -31,12 +32,13 @@ def replaceable(graph: Graph) -> set[str]:
 def to_floats(gm: GraphModule, names: Collection[str]) -> None:
     """tileweld::linear on the float weights in the place of these nodes; what quantised them goes."""
     for node in [n for n in gm.graph.nodes if n.name in names and is_call(n, tileweld.int8_linear.default)]:
-        x, weights, _, captures, sizes, norm, eps, prologue, epilogues, pairs, *_ = node.args
+        x, weights, _, captures, sizes, norm, eps, prologue, epilogues, pairs, _, _, _, _, maxima = arguments(node.args)
         with gm.graph.inserting_before(node):
-            new = gm.graph.create_node("call_function", tileweld.linear.default, (x, [_float_of(q) for q in weights], captures, sizes, norm, eps, prologue, epilogues, pairs), name=f"{node.name}_float")
+            new = gm.graph.create_node("call_function", tileweld.linear.default, (x, [_float_of(q) for q in weights], captures, sizes, norm, eps, prologue, epilogues, pairs, *([maxima] if maxima else [])), name=f"{node.name}_float")
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
+    take_none_unread(gm)
     gm.graph.eliminate_dead_code()
     gm.recompile()
 

@@ -33,7 +33,8 @@ from .options import Options
 from .pays import losers
 from .place import CannotPlace, Placer
 from .reinplace import reinplace
-from .report import FoldedWeight, KernelUse, Report
+from .report import FoldedWeight, Fusion, KernelUse, Report
+from .row_max import part, slower
 from .select import SELECTORS, Choice, region
 
 
@@ -72,18 +73,22 @@ def settle(gm: GraphModule, options: Options, report: Report, number: int, timed
     """
     untouched = GraphModule(gm, copy.deepcopy(gm.graph))
     allowed = replaceable(untouched.graph) if options.int8 is not None and not options.int8.force else set()
-    choices, launchers, apart = choose(gm, options), {}, {}
-    while True:  # at most three times: int8, the float op in its place, its parts
+    choices, launchers, apart, parted = choose(gm, options), {}, {}, {}
+    while True:  # at most four times: int8, the float op in its place, its parts; pairs that share row maxima parted
         wanted = {c.kernel.source: c for c in choices if c.kernel is not None and (build_all or c.node is not None and c.node.name in allowed)}
         launchers |= _build({source: c for source, c in wanted.items() if source not in launchers}, options, report)
         found = losers([c for c in choices if c.op in timed and (c.op != "int8_linear" or c.node.name in allowed)], launchers) | (slower_backwards(choices, launchers) if build_all else {})
-        if not found:
+        if not found and not (pairs := slower(choices, launchers)):
             break
-        apart |= found
+        if found:
+            apart |= found
+        else:  # last, when it is known which products there are
+            parted |= pairs
         gm = GraphModule(untouched, copy.deepcopy(untouched.graph))
-        choices = choose(gm, options, apart)
+        choices = choose(gm, options, apart, parted)
     blocks = {c.node.name for c in choices if c.op == "attention_backward"}  # which say it themselves
     report.kernels += [KernelUse("int8_linear", "tileweld:linear", reason, number) if name in allowed else KernelUse("linear", "aten:mm", reason, number) for name, reason in apart.items() if name not in blocks]
+    report.kept += [Fusion("row_max", reason, source_of(next(n for n in untouched.graph.nodes if n.name == name)), number) for name, reason in parted.items()]
     report.int8 += uses(untouched.graph, report.int8_errors, apart, number, options.int8 is not None and options.int8.force)
     return gm, choices, launchers
 
@@ -109,12 +114,14 @@ def note_folded(gm: GraphModule, report: Report, number: int) -> None:
     report.folded += [FoldedWeight(k.name, k.operations, k.sources, k.bytes, number, k.key) for k in kept]
 
 
-def choose(gm: GraphModule, options: Options, apart: Collection[str] = ()) -> list[Choice]:
+def choose(gm: GraphModule, options: Options, apart: Collection[str] = (), parted: Collection[str] = ()) -> list[Choice]:
     """The implementation of every fused op and region of the graph; nothing is built.
 
     Before that, what depends on weights alone is replaced by kept values (in inference), ops that stand for several by their parts (those of the
-    nodes named in ``apart`` too), what no input reaches by constants, updates of inputs by updates in place.
+    nodes named in ``apart`` too; those in ``parted`` find their row maxima themselves), what no input reaches by constants, updates of inputs by updates in place.
     """
+    if parted:
+        part(gm, parted)
     if apart:
         to_floats(gm, apart)
     if options.fold_weights:

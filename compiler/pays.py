@@ -42,7 +42,7 @@ def losers(choices: Sequence[Choice], launchers: dict[str, Callable]) -> dict[st
             continue
         x, *rest = (value(n) for n in choice.inputs)
         weights = rest[:len(choice.node.args[1])]
-        rows = _hint(x.shape[0])
+        rows = hint(x.shape[0])
         if sum(2.0 * rows * w.shape[0] * w.shape[1] for w in weights) < WORTH_TIMING:
             continue
         fused, apart = _seconds(choice, k, launchers[k.source], x, weights, rest[len(weights):])
@@ -59,39 +59,52 @@ def is_settled() -> bool:
     return _UNSTEADY not in _known.values()
 
 
-def _hint(n) -> int:
+def hint(n) -> int:
+    """A size, or what a symbolic one is this time."""
     return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
 
 
 def _seconds(choice: Choice, kernel: Kernel, launch: Callable, x, weights, captures) -> tuple[float, float]:
     """(the kernel's time, the library's with its passes over memory), from the cache or measured now."""
-    shapes = [[_hint(n) for n in t.shape] for t in (x, *weights, *captures)]
-    strides = [[_hint(n) for n in t.stride()] for t in (x, *weights)]
+    shapes = [[hint(n) for n in t.shape] for t in (x, *weights, *captures)]
+    strides = [[hint(n) for n in t.stride()] for t in (x, *weights)]
     key = cache.entry_key("pays 2", kernel.source, shapes=shapes, strides=strides, threads=torch.get_num_threads())
+    return _kept(key, kernel.name, lambda: _measured(choice, launch, x, weights, captures))
+
+
+def known(what: str, choices: Sequence[Choice], measure: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+    """Two times of the kernels of several choices, from the cache or from ``measure()``."""
+    tensors = [[value(n) for n in c.inputs] for c in choices]
+    key = cache.entry_key(what, "\n".join(c.kernel.source for c in choices), shapes=[[[hint(n) for n in t.shape] for t in own] for own in tensors],
+                          strides=[[[hint(n) for n in t.stride()] for t in own] for own in tensors], threads=torch.get_num_threads())
+    return _kept(key, " and ".join(c.kernel.name for c in choices), measure)
+
+
+def _kept(key: str, name: str, measure: Callable[[], tuple[float, float]]) -> tuple[float, float]:
     if key not in _known:
         path = cache.root() / f"{key}.pays.json"
         try:
             fused, apart = json.loads(path.read_text())
             _known[key] = float(fused), float(apart)
         except (OSError, ValueError, TypeError):
-            _known[key] = _measured(choice, launch, x, weights, captures)
+            _known[key] = measure()
             if _known[key] != _UNSTEADY:
                 cache.put_text(path, json.dumps(_known[key]))
-            log.get("codegen").debug("%s: %.3f ms, apart %.3f ms", kernel.name, *(1e3 * s for s in _known[key]))
+            log.get("codegen").debug("%s: %.3f ms, apart %.3f ms", name, *(1e3 * s for s in _known[key]))
     return _known[key]
 
 
-def _like(fake: torch.Tensor) -> torch.Tensor:
+def like(fake: torch.Tensor) -> torch.Tensor:
     """A real tensor of a fake one's layout; ones, since zeros and denormals may be faster or slower than numbers."""
-    sizes, strides = [_hint(n) for n in fake.shape], [_hint(n) for n in fake.stride()]
+    sizes, strides = [hint(n) for n in fake.shape], [hint(n) for n in fake.stride()]
     return torch.empty_strided(sizes, strides, dtype=fake.dtype).fill_(1 if fake.dtype.is_floating_point else 0)
 
 
 def _measured(choice, launch, x, weights, captures) -> tuple[float, float]:
     with real_tensors():
-        ins = [_like(t) for t in (x, *weights, *captures)]
-        outs = [_like(value(o)) for o in choice.outputs]
-        ints = [_hint(n if not isinstance(n, torch.fx.Node) else value(n)) for n in choice.ints]
+        ins = [like(t) for t in (x, *weights, *captures)]
+        outs = [like(value(o)) for o in choice.outputs]
+        ints = [hint(n if not isinstance(n, torch.fx.Node) else value(n)) for n in choice.ints]
         source, matrices = ins[0], ins[1:1 + len(weights)]
         spare = torch.empty_like(source)
         products = [torch.empty(source.shape[0], w.shape[0], dtype=source.dtype) for w in matrices]
@@ -111,16 +124,26 @@ def _measured(choice, launch, x, weights, captures) -> tuple[float, float]:
                 if not text.startswith("a") or len(text) > 2:
                     torch.mul(products[0] if products[0].shape == out.shape else out, out, out=out)
 
-        for call in (fused, apart):
+        return _timed(fused, apart, 1.0 if choice.op == "int8_linear" else MARGIN)
+
+
+def timed(one: Callable, other: Callable, margin: float) -> tuple[float, float]:
+    """Seconds of both, which take turns; the decision turns where one takes `margin` times the other. `_UNSTEADY` on a busy machine."""
+    with real_tensors():
+        return _timed(one, other, margin)
+
+
+def _timed(one: Callable, other: Callable, margin: float) -> tuple[float, float]:
+    for call in (one, other):
+        call()
+    times, started = ([], []), time.perf_counter()
+    for done in range(1, ROUNDS + 1):
+        for own, call in zip(times, (one, other)):
+            start = time.perf_counter()
             call()
-        times, started = ([], []), time.perf_counter()
-        for done in range(1, ROUNDS + 1):
-            for own, call in zip(times, (fused, apart)):
-                start = time.perf_counter()
-                call()
-                own.append(time.perf_counter() - start)
-            if (done >= 3 and time.perf_counter() - started > SECONDS) or (done >= 2 and _is_steady(times) and _is_clear(min(times[0]), (1.0 if choice.op == "int8_linear" else MARGIN) * min(times[1]))):
-                break
+            own.append(time.perf_counter() - start)
+        if (done >= 3 and time.perf_counter() - started > SECONDS) or (done >= 2 and _is_steady(times) and _is_clear(min(times[0]), margin * min(times[1]))):
+            break
     return (min(times[0]), min(times[1])) if _is_steady(times) else _UNSTEADY
 
 

@@ -16,11 +16,11 @@ from .errors import UnsupportedError
 from .ir import attention_keys as _attention_keys_op  # noqa: F401 (registers the op)
 from .ir import attention_lse as _attention_lse_op  # noqa: F401 (registers the op)
 from .ir import attention_parts as _attention_parts_op  # noqa: F401 (registers the op)
-from .ir import int8_linear as _int8_linear_op  # noqa: F401 (registers the op)
 from .ir import rms_norm as _rms_norm_op  # noqa: F401 (registers the op)
 from .ir.attention import Variant, variant_of
 from .ir import cross_entropy as _cross_entropy_op  # noqa: F401 (registers the op)
 from .ir.graph import is_tensor, value
+from .ir.int8_linear import arguments
 from .ir.kernel import Kernel
 from .ir.linear import spec_of
 from .ir.region import Body, Region
@@ -128,7 +128,8 @@ def rms_norm(node: Node, target: str, options: Options) -> Choice:
 
 def linear(node: Node, target: str, options: Options) -> Choice:
     """tileweld::linear: a generated kernel, or the definition for float64."""
-    x, weights, captures, sizes, norm, eps, prologue, epilogues, pairs = node.args
+    x, weights, captures, sizes, norm, eps, prologue, epilogues, pairs = node.args[:9]
+    maxima = list(node.args[9]) if len(node.args) > 9 else []
     tensor, matrices, captured = value(x), [value(w) for w in weights], [value(c) for c in captures]
     if target == "reference":
         return Choice("linear", "options ask for it")
@@ -136,11 +137,11 @@ def linear(node: Node, target: str, options: Options) -> Choice:
         return Choice("linear", "float64 has no kernel")
     known = {}
     if target == "cpp":  # a kernel for these rows and strides alone is made in half the time
-        rows, tensors = tensor.shape[0], [*value(node), tensor, *matrices, *captured]
+        rows, tensors = tensor.shape[0], [*value(node)[:len(epilogues)], tensor, *matrices, *captured]
         known = {"rows": rows if isinstance(rows, int) else None, "unit": [[isinstance(stride, int) and stride == 1 for stride in t.stride()] for t in tensors]}
-    choice = _generated("linear", target, node, [x, *weights, *captures], sizes, (eps,), spec_of(captured, norm, prologue, epilogues, pairs), x_dtype=tensor.dtype,
+    choice = _generated("linear", target, node, [x, *weights, *captures], sizes, (eps, *[1.0] * bool(maxima)), spec_of(captured, norm, prologue, epilogues, pairs), x_dtype=tensor.dtype,
                         weight_dtypes=[w.dtype for w in matrices], capture_dtypes=[c.dtype for c in captured], capture_ranks=[c.dim() for c in captured],
-                        widths=[int(w.shape[0]) for w in matrices], k=int(tensor.shape[1]), num_sizes=len(sizes), **known)
+                        widths=[int(w.shape[0]) for w in matrices], k=int(tensor.shape[1]), num_sizes=len(sizes), maxima=maxima, **known)
     if choice.kernel is not None:
         choice.outputs = results(node)
     return choice
@@ -148,7 +149,7 @@ def linear(node: Node, target: str, options: Options) -> Choice:
 
 def int8_linear(node: Node, target: str, options: Options) -> Choice:
     """tileweld::int8_linear: a generated kernel, or the definition for float64."""
-    x, weights, scales, captures, sizes, norm, eps, prologue, epilogues, pairs, activation, threshold, columns = node.args
+    x, weights, scales, captures, sizes, norm, eps, prologue, epilogues, pairs, activation, threshold, columns, row_max, maxima = arguments(node.args)
     tensor, matrices, steps, captured = value(x), [value(w) for w in weights], [value(s) for s in scales], [value(c) for c in captures]
     if target == "reference":
         return Choice("int8_linear", "options ask for it")
@@ -156,11 +157,12 @@ def int8_linear(node: Node, target: str, options: Options) -> Choice:
         return Choice("int8_linear", "float64 has no kernel")
     inputs, known = [x, *weights, *scales, *captures, *([columns] if columns is not None else [])], {}
     if target == "cpp":
-        rows, tensors = tensor.shape[0], [*value(node), *(value(n) for n in inputs)]
+        rows, tensors = tensor.shape[0], [*value(node)[:len(epilogues)], *(value(n) for n in inputs)]
         known = {"rows": rows if isinstance(rows, int) else None, "unit": [[isinstance(stride, int) and stride == 1 for stride in t.stride()] for t in tensors]}
-    choice = _generated("int8_linear", target, node, inputs, sizes, (eps, threshold), spec_of(captured, norm, prologue, epilogues, pairs), x_dtype=tensor.dtype,
+    has_row_max = row_max is not None
+    choice = _generated("int8_linear", target, node, [*inputs, *([row_max] if has_row_max else [])], sizes, (eps, threshold, *[1.0] * (has_row_max or bool(maxima))), spec_of(captured, norm, prologue, epilogues, pairs), x_dtype=tensor.dtype,
                         capture_dtypes=[c.dtype for c in captured], capture_ranks=[c.dim() for c in captured], widths=[int(w.shape[0]) for w in matrices], k=int(tensor.shape[1]), num_sizes=len(sizes),
-                        activation=activation, groups=[int(s.shape[1]) for s in steps], has_columns=columns is not None, **known)
+                        activation=activation, groups=[int(s.shape[1]) for s in steps], has_columns=columns is not None, maxima=list(maxima), has_row_max=has_row_max, **known)
     if choice.kernel is not None:
         choice.outputs = results(node)
     return choice

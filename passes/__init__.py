@@ -2,7 +2,7 @@
 
 A rewrite is a module with NAME and find(graph), see compiler/ir/rewrite.py; a normalisation has transform(gm) instead.
 """
-from . import add_layer_norm, add_rms_norm, attention, bias_rules, canonicalise, complex_product, cross_entropy, embedding_norm, fold_norm, gated_mlp, int8, layer_norm, layer_norm_linear, linear, linear_epilogue, lora, merge_lse, mha_to_gqa, qkv_rotary, reassociate, rms_norm, rms_norm_linear, rotary, row_gather
+from . import add_layer_norm, add_rms_norm, attention, bias_rules, canonicalise, complex_product, cross_entropy, embedding_norm, fold_norm, gated_mlp, int8, layer_norm, layer_norm_linear, linear, linear_epilogue, lora, merge_lse, mha_to_gqa, qkv_rotary, reassociate, rms_norm, rms_norm_linear, rotary, row_gather, row_max
 
 PIPELINE = (
     canonicalise,  # first: what means the same is spelled the same, and nothing is written in place any more
@@ -29,4 +29,5 @@ PIPELINE = (
     add_layer_norm,  # the same for layer norms
     fold_norm,  # off by default: a norm's weight into the matrices behind it; after the norms are in prologues, before int8 rounds the matrices
     int8,  # linear -> int8_linear with the texts that it has by then; where options ask for it, or a module holds int8
+    row_max,  # the rows' maxima of what a dynamic product rounds, from the product that makes them; last: it asks which products are int8
 )

@@ -19,7 +19,7 @@ INLINE void make_few(const Call& call, float* to) {
         list_marked(marks, reinterpret_cast<int32_t*>(to));
     }
     for (int64_t i = 0; i < call.rows; ++i, row += FEW_ROW) {
-        const Step step = quantise(row + FEW_Y, marks, reinterpret_cast<int8_t*>(row + GRAIN), BYTES);
+        const Step step = quantise(row + FEW_Y, marks, reinterpret_cast<int8_t*>(row + GRAIN), BYTES, known_magnitude(call, i));
         std::memcpy(row, &step, sizeof(step));
         if (MIXED && step.finite)
             for (int64_t k = 0; k < K; ++k) row[FEW_Y + k] = marks[k] ? row[FEW_Y + k] : 0.0f;

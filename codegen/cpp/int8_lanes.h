@@ -58,7 +58,7 @@ static void begin_call(const Call& call, float* shared, float* floats) {
 
 INLINE void make_lanes(const Call& call, int64_t i, float* to, float* shared, float* floats) {
     const float* y = row_of(call, i, floats);
-    const Step step = quantise(y, MIXED ? marks_of(shared) : nullptr, reinterpret_cast<int8_t*>(to), 4 * LANES);
+    const Step step = quantise(y, MIXED ? marks_of(shared) : nullptr, reinterpret_cast<int8_t*>(to), 4 * LANES, known_magnitude(call, i));
     std::memcpy(to + STEP_AT, &step, sizeof(step));
     if constexpr (MIXED) {
         const int32_t* outliers = outliers_of(shared);

@@ -25,17 +25,24 @@ from .linear_parts import check, flag, steps_source, text, unit_source, ways_sou
 from .score import Captures
 
 
+#: where a row's largest magnitude comes from
+KNOWN = "INLINE int32_t known_magnitude(const Call& call, int64_t i) { return call.row_max == nullptr ? -1 : call.row_max[i * call.row_max_stride] & 0x7fffffff; }\n"
+FOUND = "INLINE int32_t known_magnitude(const Call&, int64_t) { return -1; }\n"
+
+
 def emit(spec: Spec, *, x_dtype: torch.dtype, capture_dtypes: Sequence[torch.dtype] = (), capture_ranks: Sequence[int] = (), widths: Sequence[int], k: int, num_sizes: int = 0,
-         activation: str, groups: Sequence[int], has_columns: bool = False, rows: int | None = None, unit: Sequence[Sequence[bool]] | None = None) -> Kernel:
+         activation: str, groups: Sequence[int], has_columns: bool = False, rows: int | None = None, unit: Sequence[Sequence[bool]] | None = None,
+         maxima: Sequence[int] = (), has_row_max: bool = False) -> Kernel:
     """The kernel of a spec; keywords as in `linear.emit`, and
 
     activation: "float", "int8" or "mixed". groups: how many scales a row of each weight has; one but for "float". has_columns: "mixed" is given its outliers.
-    Tensors of a call: [*outputs, x, *weights int8 [N, K], *scales float32 [N, groups], *captures, columns bool [K] if has_columns], then the integers
-    n0, n1, ...; floats: eps, threshold. The elements of a weight's row lie together; all other strides are free.
+    maxima, has_row_max: as the op has them; a pass over y less, and one over results that are in the L1 cache. unit has nothing for them.
+    Tensors of a call: [*outputs, *maxima, x, *weights int8 [N, K], *scales float32 [N, groups], *captures, columns bool [K] if has_columns, row_max if has_row_max], then the
+    integers n0, n1, ...; floats: eps, threshold, and with maxima or row_max 1 (0: neither in this call). The elements of a weight's row lie together; all other strides are free.
     Raises UnsupportedError for other dtypes, groups that do not divide K, K too large for sums in int32, and as `linear.emit`.
     """
     check("int8_linear", {"x": x_dtype}, widths, k)
-    _check(activation, groups, has_columns, k, unit, len(spec.epilogues))
+    _check(activation, groups, has_columns, k, unit, len(spec.epilogues), has_row_max, spec)
     kinds = [torch.int8] * len(widths)
     found = linear_parts.groups(spec, widths)
     is_float = activation == "float" or k == 0
@@ -45,11 +52,11 @@ def emit(spec: Spec, *, x_dtype: torch.dtype, capture_dtypes: Sequence[torch.dty
     many_texts = (["constexpr bool BFLOAT16 = false;\n", text("linear_lanes.h"), text("int8_many_float.h"), text("linear_settled.h")] if is_float else [text("int8_lanes.h")]) + [text("linear_many.h")]
     most = few(activation, k)
     is_few, is_many = rows is None or rows <= most, rows is None or rows > most
-    shared = [] if is_float and not is_few else [steps_source(rows if is_few else 1, one=True), text("linear_dots.h"), text("int8_dots.h"), *([] if is_float else [text("int8_outliers.h")])]
-    ways = [*shared, *ways_source(is_few, is_many, few_texts, many_texts, most, "int8_linear", may_be_apart=False)]
+    shared = [] if is_float and not is_few else [steps_source(rows if is_few else 1, one=True), text("linear_dots.h"), text("int8_dots.h"), *([] if is_float else [KNOWN if has_row_max else FOUND, text("int8_outliers.h")])]
+    ways = [*shared, *ways_source(is_few, is_many, few_texts, many_texts, most, "int8_linear", may_be_apart=False, maxima=maxima)]
     source, detail = unit_source(spec, found, title="tileweld int8_linear: out_o[i, j] = epilogue_o(a0, a1, ...), a_w = prologue(x) (q_w scale_w)^T", x_dtype=x_dtype, weight_dtypes=kinds,
                                  captures=Captures(tuple(capture_dtypes), tuple(capture_ranks)), widths=widths, k=k, num_sizes=num_sizes, unit=unit, lies={"rows"}, ways=ways, variant=variant,
-                                 scales=True, has_columns=has_columns)
+                                 scales=True, has_columns=has_columns, maxima=maxima, has_row_max=has_row_max)
     return Kernel("int8_linear", "cpp", source, "int8_linear", rewrite="int8", detail=f"{detail}; activation {activation}")
 
 
@@ -59,7 +66,7 @@ def few(activation: str, k: int) -> int:
     return 8 if activation == "mixed" else 16 if activation == "int8" or 4 * k <= 6144 else 6
 
 
-def _check(activation, groups, has_columns, k, unit, outputs):
+def _check(activation, groups, has_columns, k, unit, outputs, has_row_max, spec):
     if activation not in ACTIVATIONS:
         raise UnsupportedError(f"activation {activation!r}", cure=f"one of {', '.join(ACTIVATIONS)}")
     if k > limit_of(activation):
@@ -69,6 +76,8 @@ def _check(activation, groups, has_columns, k, unit, outputs):
             raise UnsupportedError(f"weight {number} has {n} scales for {k} columns{' and activations of int8' if activation != 'float' else ''}", cure="one scale a row, or with float activations one for equal groups")
     if has_columns and activation != "mixed":
         raise UnsupportedError(f"outlier columns are given for activation {activation!r}", cure="they belong to 'mixed'")
+    if has_row_max and (activation != "int8" or spec.norm or spec.prologue != "x"):
+        raise UnsupportedError(f"row_max is given for activation {activation!r} of {spec.prologue!r}", cure="it belongs to 'int8' of x itself")
     for number in range(len(groups)) if unit is not None and k > 1 else ():
         if not unit[outputs + 1 + number][1]:
             raise UnsupportedError(f"the rows of weight {number} do not lie together", cure="make it contiguous")

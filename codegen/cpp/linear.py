@@ -22,14 +22,16 @@ from .score import Captures
 
 
 def emit(spec: Spec, *, x_dtype: torch.dtype, weight_dtypes: Sequence[torch.dtype], capture_dtypes: Sequence[torch.dtype] = (), capture_ranks: Sequence[int] = (),
-         widths: Sequence[int], k: int, num_sizes: int = 0, rows: int | None = None, unit: Sequence[Sequence[bool]] | None = None) -> Kernel:
+         widths: Sequence[int], k: int, num_sizes: int = 0, rows: int | None = None, unit: Sequence[Sequence[bool]] | None = None, maxima: Sequence[int] = ()) -> Kernel:
     """The kernel of a spec.
+
+    maxima: outputs whose rows' largest magnitudes are taken too; their vectors of float32 lie behind the outputs in a call, unit has nothing for them, and floats has 1 (0: not in this call).
 
     rows: how many x has, None for any. unit: for each tensor of a call, which of its dims have stride 1; None for all strides. A kernel for some rows
     and strides takes half the time to compile; calls must keep to them. More than `few(k)` rows give the same kernel, whatever their number.
 
     x_dtype: of x and the outputs; with weight_dtypes float32, float16 or bfloat16. widths: the N of every weight [N, K]; k: K.
-    Tensors of a call: [*outputs, x, *weights, *captures], then the integers n0, n1, ...; floats: eps.
+    Tensors of a call: [*outputs, *maxima, x, *weights, *captures], then the integers n0, n1, ...; floats: eps.
     Raises UnsupportedError for other dtypes, and for outputs of one weight with different pairs.
     """
     check("linear", {"x": x_dtype} | {f"weight {n}": dtype for n, dtype in enumerate(weight_dtypes)}, widths, k)
@@ -39,9 +41,9 @@ def emit(spec: Spec, *, x_dtype: torch.dtype, weight_dtypes: Sequence[torch.dtyp
     is_few, is_many = (rows is None or rows <= few(k)) and "apart" not in lies, rows is None or rows > few(k) or bool(lies & {"apart", None})
     halves = {x_dtype, *weight_dtypes} == {torch.bfloat16}
     ways = ways_source(is_few, is_many, [steps_source(rows), text("linear_dots.h"), text("linear_few_rows.h"), text("linear_few_columns.h"), text("linear_few.h")],
-                       [f"constexpr bool BFLOAT16 = {flag(halves)};  // x and the weights\n", text("linear_lanes.h"), text("linear_source.h"), text("linear_settled.h"), text("linear_many.h")], few(k), "linear")
+                       [f"constexpr bool BFLOAT16 = {flag(halves)};  // x and the weights\n", text("linear_lanes.h"), text("linear_source.h"), text("linear_settled.h"), text("linear_many.h")], few(k), "linear", maxima=maxima)
     source, detail = unit_source(spec, found, title="tileweld linear: out_o[i, j] = epilogue_o(a0, a1, ...), a_w = prologue(x) w^T", x_dtype=x_dtype, weight_dtypes=weight_dtypes,
-                                 captures=Captures(tuple(capture_dtypes), tuple(capture_ranks)), widths=widths, k=k, num_sizes=num_sizes, unit=unit, lies=lies, ways=ways)
+                                 captures=Captures(tuple(capture_dtypes), tuple(capture_ranks)), widths=widths, k=k, num_sizes=num_sizes, unit=unit, lies=lies, ways=ways, maxima=maxima)
     return Kernel("linear", "cpp", source, "linear", rewrite="linear", detail=detail)
 
 

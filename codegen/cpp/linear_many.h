@@ -135,6 +135,8 @@ static void multiply_strip(const Call& call, int g, int64_t first, int64_t begin
                     settle(call, g, y + (i + r - begin) * y_row, tile + r * row, strip.slot, i + r, first, width, shared, outer, floats);
                     finish(call, g, tile + r * row, strip.slot, i + r, first, width, scratch);
                 }
+            if (last)  // of all rows of the block at once: a result that has just been written is slow to read
+                for (int r = 0; r < rows; ++r) raise_maxima(call, g, i + r, first, width);
         }
     }
 }

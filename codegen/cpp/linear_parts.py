@@ -71,12 +71,15 @@ def groups(spec: Spec, widths: Sequence[int]) -> list[Group]:
 
 
 def unit_source(spec: Spec, found: Sequence[Group], *, title: str, x_dtype: torch.dtype, weight_dtypes: Sequence[torch.dtype], captures: Captures, widths: Sequence[int], k: int, num_sizes: int,
-                unit: Sequence[Sequence[bool]] | None, lies: set, ways: Sequence[str], variant: str = "", scales: bool = False, has_columns: bool = False) -> tuple[str, str]:
+                unit: Sequence[Sequence[bool]] | None, lies: set, ways: Sequence[str], variant: str = "", scales: bool = False, has_columns: bool = False,
+                maxima: Sequence[int] = (), has_row_max: bool = False) -> tuple[str, str]:
     """(source, detail) of a unit: this spec's part, then `ways`, the headers that multiply, and the entry.
 
     title: the first line's, with what a_w is. lies: how weights may lie, among "rows", "columns", "apart", None for any. variant: constants that the
-    ways read. scales, has_columns: see `call_source`; the others as in `linear.emit`.
+    ways read. scales, has_columns, maxima, has_row_max: see `call_source`; unit has nothing for those two; the others as in `linear.emit`.
     """
+    if any(not 0 <= o < len(spec.epilogues) for o in maxima):
+        raise UnsupportedError(f"maxima of the outputs {list(maxima)}, there are {len(spec.epilogues)}")
     outputs, weights = len(spec.epilogues), len(weight_dtypes)
     capture_units = unit[outputs + 1 + weights * (1 + scales):] if unit is not None else None
     loops = Loops(captures, num_sizes, capture_units)
@@ -95,19 +98,20 @@ def unit_source(spec: Spec, found: Sequence[Group], *, title: str, x_dtype: torc
         *([variant] if variant else []),
         text("linear_call.h"),
         groups_source(found),
-        call_source(captures, num_sizes, outputs, weight_dtypes, loops.unit_source(), scales, has_columns),
+        call_source(captures, num_sizes, outputs, weight_dtypes, loops.unit_source(), scales, has_columns, len(maxima), has_row_max),
         prologue,
         *epilogues,
         text("linear_rows.h"),
-        finish_source(found, spec),
+        *([text("linear_maxima.h")] if maxima else []),
+        finish_source(found, spec, maxima),
         *ways,
     ]
     return "\n".join(parts), detail
 
 
-def ways_source(is_few: bool, is_many: bool, few_texts: Sequence[str], many_texts: Sequence[str], most: int, entry: str, may_be_apart: bool = True) -> list[str]:
+def ways_source(is_few: bool, is_many: bool, few_texts: Sequence[str], many_texts: Sequence[str], most: int, entry: str, may_be_apart: bool = True, maxima: Sequence[int] = ()) -> list[str]:
     """The headers of one way or both, and the entry, which takes the first for up to `most` rows."""
-    lines = [f'extern "C" void {entry}(void* const* data, const int64_t* ints, const double* floats) {{', "    const Call call = read_call(data, ints, floats);", "    if (call.rows == 0 || TOTAL == 0) return;"]
+    lines = [f'extern "C" void {entry}(void* const* data, const int64_t* ints, const double* floats) {{', *(["    Call call = read_call(data, ints, floats);", "    const Maxima maxima(call);"] if maxima else ["    const Call call = read_call(data, ints, floats);"]), "    if (call.rows == 0 || TOTAL == 0) return;"]
     if is_few and is_many:
         lines.append(f"    bool few = call.rows <= {most};")
         lines += ["    for (const Weight& weight : call.weight) few &= weight.column == 1 || weight.row == 1;"] * may_be_apart
@@ -163,34 +167,47 @@ def groups_source(found: Sequence[Group]) -> str:
         f"constexpr int64_t LONGEST_BLOCK = {max(g.block for g in found)};", ""])
 
 
-def call_source(captures: Captures, num_sizes: int, outputs: int, weight_dtypes: Sequence[torch.dtype], unit: str, scales: bool = False, has_columns: bool = False) -> str:
+def call_source(captures: Captures, num_sizes: int, outputs: int, weight_dtypes: Sequence[torch.dtype], unit: str, scales: bool = False, has_columns: bool = False, maxima: int = 0,
+                has_row_max: bool = False) -> str:
     """``struct Call``: the arguments by name, and how they are read from the launcher's arrays.
 
-    scales: a matrix of float32 for every weight, behind the weights; floats: eps, threshold. has_columns: a tensor of bool, the last.
+    scales: a matrix of float32 for every weight, behind the weights; floats: eps, threshold. has_columns: a tensor of bool behind the captures.
+    maxima: how many outputs' rows have their largest magnitude taken, into vectors of float32 between the outputs and x. has_row_max: a vector of float32, the last, has those of x.
+    With either, one more float: 0 for a call that neither takes nor reads them, which is what the other form of the pair does (compiler/int8_tokens.py times both).
     """
     fields, reads, weights = [], [], len(weight_dtypes)
     matrices = weights * (1 + scales)
-    at, x_at = 4 * (outputs + 1 + matrices), 4 * outputs
+    at, x_at = 4 * (outputs + 1 + matrices) + 2 * maxima, 4 * outputs + 2 * maxima
+    tensors = outputs + maxima  # that are written
+    with_maxima = f"floats[{2 if scales else 1}] != 0"
+    if maxima:
+        fields += ["    Maximum maximum[MAXIMA];", "    bool with_maxima;", "    int32_t* own;  // of threads, see linear_maxima.h", "    int64_t own_row;", "    int own_threads;"]
+        reads += [f"    call.maximum[{n}] = {{static_cast<int32_t*>(data[{outputs + n}]), ints[{4 * outputs + 2 * n + 1}]}};" for n in range(maxima)] + [f"    call.with_maxima = {with_maxima};"]
     reads += [f"    call.out[{o}] = {{static_cast<X*>(data[{o}]), ints[{4 * o + 2}], ints[{4 * o + 3}]}};" for o in range(outputs)]
-    reads += [f"    call.x = static_cast<const X*>(data[{outputs}]);", f"    call.rows = ints[{x_at}], call.x_row = ints[{x_at + 2}], call.x_column = ints[{x_at + 3}];"]
-    reads += [f"    call.weight[{w}] = {{data[{outputs + 1 + w}], ints[{x_at + 6 + 4 * w}], ints[{x_at + 7 + 4 * w}]}};" for w in range(weights)]
+    reads += [f"    call.x = static_cast<const X*>(data[{tensors}]);", f"    call.rows = ints[{x_at}], call.x_row = ints[{x_at + 2}], call.x_column = ints[{x_at + 3}];"]
+    reads += [f"    call.weight[{w}] = {{data[{tensors + 1 + w}], ints[{x_at + 6 + 4 * w}], ints[{x_at + 7 + 4 * w}]}};" for w in range(weights)]
     if scales:
         fields += ["    Scales scale[WEIGHTS];", "    float threshold;", "    const uint8_t* columns;  // outliers that are known; null for those of the rows", "    int64_t columns_stride;"]
         scales_at = x_at + 4 * (1 + weights)
-        reads += [f"    call.scale[{w}] = {{static_cast<const float*>(data[{outputs + 1 + weights + w}]), ints[{scales_at + 4 * w + 2}], ints[{scales_at + 4 * w + 3}]}};" for w in range(weights)]
+        reads += [f"    call.scale[{w}] = {{static_cast<const float*>(data[{tensors + 1 + weights + w}]), ints[{scales_at + 4 * w + 2}], ints[{scales_at + 4 * w + 3}]}};" for w in range(weights)]
         reads.append("    call.threshold = float(floats[1]), call.columns = nullptr, call.columns_stride = 0;")
     for k, (dtype, rank) in enumerate(zip(captures.dtypes, captures.ranks)):
         fields += [f"    const {ELEMENTS[dtype]}* c{k};", f"    const int64_t *c{k}_size, *c{k}_stride;  // rank {rank}"]
-        reads.append(f"    call.c{k} = static_cast<const {ELEMENTS[dtype]}*>(data[{outputs + 1 + matrices + k}]), call.c{k}_size = ints + {at}, call.c{k}_stride = ints + {at + rank};")
+        reads.append(f"    call.c{k} = static_cast<const {ELEMENTS[dtype]}*>(data[{tensors + 1 + matrices + k}]), call.c{k}_size = ints + {at}, call.c{k}_stride = ints + {at + rank};")
         at += 2 * rank
     if has_columns:
-        reads.append(f"    call.columns = static_cast<const uint8_t*>(data[{outputs + 1 + matrices + len(captures.dtypes)}]), call.columns_stride = ints[{at + 1}];")
+        reads.append(f"    call.columns = static_cast<const uint8_t*>(data[{tensors + 1 + matrices + len(captures.dtypes)}]), call.columns_stride = ints[{at + 1}];")
+        at += 2
+    if has_row_max:
+        fields += ["    const int32_t* row_max;  // bits of floats; null for a call that finds them itself", "    int64_t row_max_stride;"]
+        reads.append(f"    call.row_max = {with_maxima} ? static_cast<const int32_t*>(data[{tensors + 1 + matrices + len(captures.dtypes) + has_columns}]) : nullptr, call.row_max_stride = ints[{at + 1}];")
         at += 2
     fields += [f"    int64_t n{k};" for k in range(num_sizes)]
     reads += [f"    call.n{k} = ints[{at + k}];" for k in range(num_sizes)]
     kinds = list(dict.fromkeys(weight_dtypes))
     cases = [f"    if ({' || '.join(f'w == {w}' for w, other in enumerate(weight_dtypes) if other == dtype)}) return f(static_cast<const {ELEMENTS[dtype]}*>(call.weight[w].data));" for dtype in kinds[1:]]
     return "\n".join([
+        *[f"constexpr int MAXIMA = {maxima};", "struct Maximum {  // of an output's rows, bits of floats", "    int32_t* data;", "    int64_t stride;", "};"] * bool(maxima),
         "struct Call {", "    Out out[OUTPUTS];", "    const X* x;", "    int64_t rows, x_row, x_column;", "    Weight weight[WEIGHTS];", "    float eps;",
         "    bool unit;  // captures lie as the loops over columns read them", *fields, "};", "",
         "static Call read_call(void* const* data, const int64_t* ints, const double* floats) {", "    Call call;", *reads, "    call.eps = float(floats[0]);", f"    call.unit = {unit};", "    return call;", "}", "",
@@ -198,8 +215,9 @@ def call_source(captures: Captures, num_sizes: int, outputs: int, weight_dtypes:
         f"    f(static_cast<const {ELEMENTS[kinds[0]]}*>(call.weight[w].data));", "}", ""])
 
 
-def finish_source(found: Sequence[Group], spec: Spec) -> str:
-    """``finish``: the epilogues of a group's outputs over the columns [first, first + width) of row i; the sums of its weights are `slot` apart. ``expect``: that they will come, for results and the captures read beside them."""
+def finish_source(found: Sequence[Group], spec: Spec, maxima: Sequence[int] = ()) -> str:
+    """``finish``: the epilogues of a group's outputs over the columns [first, first + width) of row i; the sums of its weights are `slot` apart. ``expect``: that they will come, for results and the captures read beside them.
+    ``raise_maxima``: behind them, of a group's outputs whose rows have their largest magnitude taken."""
     lines = ["static void finish(const Call& call, int group, const float* a, int64_t slot, int64_t i, int64_t first, int64_t width, float* scratch) {",
              "    const int64_t p_slot = round_up(width, GRAIN);", "    float* results = scratch + MOST_SLOTS * p_slot;", "    switch (group) {"]
     for number, group in enumerate(found):
@@ -217,4 +235,6 @@ def finish_source(found: Sequence[Group], spec: Spec) -> str:
         lines += [f"        case {number}:", *(f"            expect_elements<true>(call.out[{o}].data + i * call.out[{o}].row + first, call.out[{o}].column, width);" for o in group.outputs)]
         beside = dict.fromkeys(e.args[0].name for o in group.outputs for e in sc.loads(spec.epilogue_exprs[o]) if e.args[1:] == (sc.I, sc.J))
         lines += [*(f"            expect_elements<false>(call.{c} + i * call.{c}_stride[0] + first, call.{c}_stride[1], width);" for c in beside), "            break;"]
-    return "\n".join([*lines, "    }", "}", ""])
+    lines += ["    }", "}", "INLINE void raise_maxima(const Call& call, int group, int64_t i, int64_t first, int64_t width) {" if maxima else "INLINE void raise_maxima(const Call&, int, int64_t, int64_t, int64_t) {"]
+    lines += [f"    if (group == {number}) raise_maximum(call, {n}, call.out[{o}], i, first, width);" for number, group in enumerate(found) for n, o in enumerate(maxima) if o in group.outputs]
+    return "\n".join([*lines, "}", ""])

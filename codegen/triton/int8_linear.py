@@ -19,7 +19,7 @@ from ...compiler.ir.int8_linear import ACTIVATIONS, MOST_K
 from ...compiler.ir.kernel import Kernel
 from ...compiler.ir.linear import Spec
 from .int8_text import Int8Text
-from .linear import MODULE, _aot, _call, _check, _entry, _name, _types
+from .linear import MODULE, _aot, _call, _check, _entry, _name, _types, maxima_lines, unpacked_maxima
 from .linear_configs import FAMILIES, Config, configs
 from .source import fill
 
@@ -51,17 +51,18 @@ _TILES = {
     "few": {"cuda": "t0x64x128w4s4 t0x32x256w4s3 t0x128x128w8s3", "ampere": "t0x64x128w4s3 t0x32x256w4s3 t0x128x128w4s3", "hip": "t0x64x128w4s2 t0x32x128w4s2"},
     "many": {"cuda": "t128x128x128w8s3 t128x256x64w8s3 t64x128x128w4s3", "ampere": "t128x128x64w8s3 t128x64x128w4s3 t64x128x64w4s3", "hip": "t128x128x64w8s2 t64x64x128w4s2"},
 }
-#: its two loops take registers: 128x128x64 spills 8 bytes on sm_80
-_MIXED_AMPERE = "t64x128x64w4s3 t128x128x64w8s3 t128x64x128w4s3"
+#: its two loops take registers: on sm_80 four warps spill 16 to 40 bytes with Triton 3.6, 128x128x64 spills 8 with 3.9
+_MIXED_AMPERE = {"few": "t0x64x128w8s3 t0x64x128w4s3 t0x32x128w4s3", "many": "t64x128x64w8s3 t128x64x64w8s3 t128x128x64w8s3"}
 _GEMV = {"cuda": "g0x8x1024w4s3 g0x16x512w4s2 g0x4x2048w4s2", "hip": "g0x8x1024w4s2 g0x16x512w4s2"}
 
 
 def emit(spec: Spec, *, x_dtype: torch.dtype, capture_dtypes: Sequence[torch.dtype] = (), capture_ranks: Sequence[int] = (), widths: Sequence[int] = (), k: int | None = None,
-         num_sizes: int = 0, activation: str = "float", groups: Sequence[int] = (1,), has_columns: bool = False) -> Kernel:
+         num_sizes: int = 0, activation: str = "float", groups: Sequence[int] = (1,), has_columns: bool = False, maxima: Sequence[int] = (), has_row_max: bool = False) -> Kernel:
     """The kernel of a spec, for every number of rows and all strides.
 
     x_dtype: of x and the outputs: float16, bfloat16 or float32. groups: columns of each weight's scales, one number a weight; more than one needs k.
-    Tensors of a call: [*outputs, x, *weights int8, *scales float32, *captures, columns where has_columns], then the integers n0, n1, ...; floats: eps, threshold.
+    maxima: outputs whose rows' largest magnitudes are taken too, into contiguous float32 [M]; has_row_max: those of x are given, and quantise_kernel has one loop.
+    Tensors of a call: [*outputs, *maxima, x, *weights int8, *scales float32, *captures, columns where has_columns, row_max where has_row_max], then the integers n0, n1, ...; floats: eps, threshold.
     Raises UnsupportedError for other dtypes, for scales of several kinds, and for groups that are no multiple of 16 columns.
     """
     _check(x_dtype, [], capture_dtypes)
@@ -69,19 +70,23 @@ def emit(spec: Spec, *, x_dtype: torch.dtype, capture_dtypes: Sequence[torch.dty
         raise UnsupportedError(f"no Triton int8 kernel for activation {activation!r}", cure=f"one of {', '.join(ACTIVATIONS)}")
     if activation != "float" and k is not None and k > MOST_K:
         raise UnsupportedError(f"K = {k} overflows sums in int32", cure=f"at most {MOST_K}")
+    if has_row_max and (activation != "int8" or spec.norm or spec.prologue != "x"):
+        raise UnsupportedError(f"row_max is given for activation {activation!r} of {spec.prologue!r}", cure="it belongs to 'int8' of x itself")
     count, group = groups[0], _group(groups, k)
     text = Int8Text(spec, weights=len(groups), activation=activation, group=group, groups=count, columns=has_columns, weight_dtypes=[torch.int8] * len(groups), wide=x_dtype == torch.float32,
-                    overflows=x_dtype == torch.float16, capture_ranks=capture_ranks, num_sizes=num_sizes)
+                    overflows=x_dtype == torch.float16, capture_ranks=capture_ranks, num_sizes=num_sizes, maxima=maxima, row_max=has_row_max)
     made = text.kernels()
     outputs, weights = len(spec.epilogues), len(groups)
-    known = {**{f"s{w}_ptr": f"scales[{w}]" for w in range(weights)}, "t_ptr": "t", "step_ptr": "step", "bad_ptr": "bad", "mark_ptr": "mark", "stride_ym": "y.stride(0)", "stride_yk": "y.stride(1)",
+    known = {**{f"s{w}_ptr": f"scales[{w}]" for w in range(weights)}, "t_ptr": "t", "step_ptr": "step", "bad_ptr": "bad", "mark_ptr": "mark", "row_max_ptr": "row_max", "stride_ym": "y.stride(0)", "stride_yk": "y.stride(1)",
              "threshold": "float(floats[1])"}
     types = _types(text, x_dtype, [torch.int8] * weights, capture_dtypes, capture_ranks)
-    types |= {f"s{w}_ptr": "*fp32" for w in range(weights)} | {"t_ptr": "*i8", "step_ptr": "*fp32", "bad_ptr": "*i32", "mark_ptr": "*i8", **({} if activation == "float" else {"partial_ptr": "*i32"}), "stride_yk": "constexpr", "threshold": "fp32"}
-    is_float, first = activation == "float", outputs + 1
+    types |= {f"s{w}_ptr": "*fp32" for w in range(weights)} | {"t_ptr": "*i8", "step_ptr": "*fp32", "bad_ptr": "*i32", "mark_ptr": "*i8", "row_max_ptr": "*fp32", **({} if activation == "float" else {"partial_ptr": "*i32"}), "stride_yk": "constexpr", "threshold": "fp32"}
+    is_float, at = activation == "float", outputs + len(maxima)  # at: of x among the tensors
+    first = at + 1
     after = first + 2 * weights
-    unpack = [f"outs, x, weights = tensors[:{outputs}], tensors[{outputs}], tensors[{first}:{first + weights}]",
-              f"scales, captures = [s.contiguous() for s in tensors[{first + weights}:{after}]], tensors[{after}:{'-1' if has_columns else ''}]", *(["mark = tensors[-1].contiguous()"] if has_columns else []), "M, K = x.shape"]
+    unpack = [f"outs, x, weights = tensors[:{outputs}], tensors[{at}], tensors[{first}:{first + weights}]",
+              f"scales, captures = [s.contiguous() for s in tensors[{first + weights}:{after}]], tensors[{after}:{'-1' if has_columns or has_row_max else ''}]",
+              *(["mark = tensors[-1].contiguous()"] if has_columns else []), *(["row_max = tensors[-1].contiguous()"] if has_row_max else []), "M, K = x.shape", *unpacked_maxima(outputs, at)]
     call = lambda name: _call(text, name, known)  # noqa: E731
     dtype = _name(x_dtype)
     texts = ", ".join(f"weight{w} int8 [N{w}, K]" for w in range(weights)) + ", " + ", ".join(f"scale{w} float32 [N{w}, {n}]" for w, n in enumerate(groups))
@@ -93,8 +98,9 @@ def emit(spec: Spec, *, x_dtype: torch.dtype, capture_dtypes: Sequence[torch.dty
         epilogues=[f"out{o}        {e}" + (f"      partners at {spec.pairs[o][1]} in {spec.pairs[o][0]} columns" if spec.partners(o) else "") for o, e in enumerate(spec.epilogues)],
         configs=_configs(text, is_float, 4 if x_dtype == torch.float32 else 2, group), kernels=made, loops="columns, or pairs of them, divided by the accumulators of each",
         slots="".join(f"({loop.slots(f'weights[{g.weights[0]}].shape[0]')}, {loop.spread}), " for loop in text.loops for g in loop.groups),
-        tensors=", ".join([*(f"out{o} [M, N]" for o in range(outputs)), "x [M, K]", texts, *([captures] if captures else []), *(["columns bool [K]"] if has_columns else [])]),
-        sizes=", ".join(f"n{n}" for n in range(num_sizes)) or "none", x=outputs, weights=weights, unpack=unpack, indexed="*outs, x, *weights",
+        tensors=", ".join([*(f"out{o} [M, N]" for o in range(outputs)), *(f"maxima of out{o} float32 [M]" for o in maxima), "x [M, K]", texts, *([captures] if captures else []), *(["columns bool [K]"] if has_columns else []),
+                           *(["row_max float32 [M]"] if has_row_max else [])]), **maxima_lines(outputs, at),
+        sizes=", ".join(f"n{n}" for n in range(num_sizes)) or "none", x=at, outputs=outputs, weights=weights, unpack=unpack, indexed="*outs, x, *weights",
         prepare=_prepare(text, call, is_float), total=" + ".join(f"weights[{w}].shape[0]" for g in text.groups for w in g.weights), tiled_call=call("tiled_kernel"),
         gemv_call=call("gemv_kernel") if is_float else "", combine_call=call("combine_kernel"), buffers=2 if activation == "mixed" else 1, aot=_aot(text, types) if is_float else _int8_aot(text, types))
     detail = f"int8, activations {activation}, norm={spec.norm or 'none'} {' ; '.join(spec.epilogues)} {dtype}{shape}"
@@ -139,7 +145,7 @@ def _made(text, rows, itemsize, family, is_float, group) -> list[Config]:
     if is_float:
         found = configs(rows, itemsize, spread, family, fusable=text.fusable, partial=any(0 < 2 * loop.half < loop.block for loop in text.loops), gemv=None if family == "cpu" else _GEMV.get(family, _GEMV["cuda"]))
     else:
-        tiles = {"few": "t0x32x32w4s1", "many": "t32x64x32w4s1"}[rows] if family == "cpu" else _MIXED_AMPERE if (text.activation, rows, family) == ("mixed", "many", "ampere") else _TILES[rows][family]
+        tiles = {"few": "t0x32x32w4s1", "many": "t32x64x32w4s1"}[rows] if family == "cpu" else _MIXED_AMPERE[rows] if (text.activation, family) == ("mixed", "ampere") else _TILES[rows][family]
         found = configs(rows, 1, spread, family, fusable=False, table=tiles)
     return list(dict.fromkeys(_within(c, group) for c in found))
 

@@ -82,17 +82,8 @@ i = tl.cast(tl.program_id(0), tl.int64)
 x_row = x_ptr + i * stride_xm
 ks = tl.arange(0, BLOCK)
 $statistics
-top = tl.zeros([BLOCK], tl.float32)
-odd = tl.zeros([BLOCK], tl.int32)
-for k0 in tl.range(0, K, BLOCK):
-    k = k0 + ks
-    xf = tl.load($x, mask=k < K, other=0.0).to(tl.float32)
-    y = tl.where(k < K, $transform, 0.0)
-    odd = tl.maximum(odd, tl.where(tl.abs(y) < float("inf"), 0, 1))
-    $leave
-    top = tl.maximum(top, tl.abs(y))
-bad = tl.max(odd, 0)
-step = tl.where(bad == 0, tl.div_rn(tl.max(top, 0), 127.0), 0.0)
+$magnitude
+step = tl.where(bad == 0, tl.div_rn(most, 127.0), 0.0)
 tl.store(step_ptr + i, step)
 tl.store(bad_ptr + i, bad)
 divisor = tl.where(step > 0.0, step, 1.0)
@@ -107,6 +98,22 @@ for k0 in tl.range(0, K, BLOCK):
     t = tl.minimum(tl.maximum((tl.div_rn(y, divisor) + 12582912.0) - 12582912.0, -127.0), 127.0)
     tl.store(t_ptr + i * K + k, t.to(tl.int8), mask=k < K)
 '''
+
+#: the row's largest magnitude, and whether it has an inf or NaN: by a loop over it, or as whoever made x took it
+MAGNITUDE = '''
+top = tl.zeros([BLOCK], tl.float32)
+odd = tl.zeros([BLOCK], tl.int32)
+for k0 in tl.range(0, K, BLOCK):
+    k = k0 + ks
+    xf = tl.load($x, mask=k < K, other=0.0).to(tl.float32)
+    y = tl.where(k < K, $transform, 0.0)
+    odd = tl.maximum(odd, tl.where(tl.abs(y) < float("inf"), 0, 1))
+    $leave
+    top = tl.maximum(top, tl.abs(y))
+bad = tl.max(odd, 0)
+most = tl.max(top, 0)
+'''
+KNOWN_MAGNITUDE = ["most = tl.load(row_max_ptr + i)", "bad = tl.where(most < float(\"inf\"), 0, 1)"]
 
 MARK = '''
 i = tl.cast(tl.program_id(0), tl.int64)
@@ -126,13 +133,13 @@ for k0 in tl.range(0, K, BLOCK):
 class Int8Text(LinearText):
     """The jit functions of one Spec with int8 weights. activation: as in the op; group: columns of K that share a scale, 0 for all."""
 
-    def __init__(self, spec, *, weights: int, activation: str, group: int, groups: int, columns: bool, **known):
+    def __init__(self, spec, *, weights: int, activation: str, group: int, groups: int, columns: bool, row_max: bool = False, **known):
         super().__init__(spec, **known)
-        self.activation, self.group, self.group_count, self.columns_given = activation, group, groups, columns
+        self.activation, self.group, self.group_count, self.columns_given, self.row_max_given = activation, group, groups, columns, row_max
         if activation != "float":  # a row's largest magnitude is known when all of the row is
             self.fusable = self.deferred = False
             self.rest = None
-        self.parameters += [*(f"s{w}_ptr" for w in range(weights)), "t_ptr", "step_ptr", "bad_ptr", "mark_ptr", "stride_ym", "stride_yk", "threshold"]
+        self.parameters += [*(f"s{w}_ptr" for w in range(weights)), "t_ptr", "step_ptr", "bad_ptr", "mark_ptr", "row_max_ptr", "stride_ym", "stride_yk", "threshold"]
 
     # ------------------------------------------------------------------------------------------ weights of int8
     def select(self, loop: Loop, count: str, weights: bool = True, base: bool = True) -> list[str]:
@@ -200,7 +207,9 @@ class Int8Text(LinearText):
     def quantise(self) -> str:
         x = "x_row + tl.cast(k, tl.int64) * stride_xk"
         marked = "y = tl.where(tl.load(mark_ptr + k, mask=k < K, other=0) != 0, 0.0, y)"
-        body = fill(QUANTISE, statistics=self.statistics(0, x, "k < K", "BLOCK"), x=x, transform=self.transformed(False, rows=False), leave=[marked] if self.activation == "mixed" else [],
+        leave = [marked] if self.activation == "mixed" else []
+        magnitude = KNOWN_MAGNITUDE if self.row_max_given else fill(MAGNITUDE, x=x, transform=self.transformed(False, rows=False), leave=leave)
+        body = fill(QUANTISE, statistics=self.statistics(0, x, "k < K", "BLOCK"), x=x, transform=self.transformed(False, rows=False), magnitude=magnitude, leave=leave,
                     keep=["tl.store(y_ptr + i * K + k, y.to(y_ptr.dtype.element_ty), mask=k < K)"] if self.has_prologue else [])
         return self._kernel("quantise_kernel", "One row of x through the prologue, to int8.", [], body)
 

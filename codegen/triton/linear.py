@@ -62,13 +62,15 @@ def programs(weights, columns):
 def linear(tensors, ints, floats):
     """tensors: $tensors; ints: $sizes; floats: eps. Fills the outputs."""
     M, K = tensors[$x].shape
-    if all(out.numel() == 0 for out in tensors[:$x]):
+    $clear
+    if all(out.numel() == 0 for out in tensors[:$outputs]):
         return
     if tensors[$x].device.type == "cpu" and any(t.dtype == torch.bfloat16 for t in tensors):  # the interpreter computes bf16 on raw bits
         wide = [torch.empty_like(t, dtype=torch.float32) if n < $x else t.float() if t.dtype == torch.bfloat16 else t for n, t in enumerate(tensors)]
         linear(wide, ints, floats)
         for out, result in zip(tensors[:$x], wide):
             out.copy_(result)
+        $rounded
         return
     tensors = [t.view(torch.int8) if t.dtype == torch.bool else t for t in tensors]
     weights = tensors[$x + 1:$x + 1 + $weights]
@@ -77,6 +79,7 @@ def linear(tensors, ints, floats):
     rows = "one" if M <= GEMV_ROWS else "few" if M <= FEW_ROWS else "many"
 
     def launch(config):
+        $clear
         return launch_gemv(config, tensors, ints, floats) if config[0] == "gemv" else launch_tiled(config, tensors, ints, floats)
 
     launch(pick(tiled_kernel, CONFIGS[rows], (M, K, sum(w.shape[0] for w in weights)), weights[0].device, launch))
@@ -127,20 +130,21 @@ AOT.append(dict(
 
 
 def emit(spec: Spec, *, x_dtype: torch.dtype, weight_dtypes: Sequence[torch.dtype], capture_dtypes: Sequence[torch.dtype] = (), capture_ranks: Sequence[int] = (),
-         widths: Sequence[int] = (), k: int | None = None, num_sizes: int = 0) -> Kernel:
+         widths: Sequence[int] = (), k: int | None = None, num_sizes: int = 0, maxima: Sequence[int] = ()) -> Kernel:
     """The kernel of a spec, for every number of rows and all strides.
 
     x_dtype: of x and the outputs, weight_dtypes: of the weights, float16, bfloat16 or float32; where they differ, products are
     in fp32. widths, k: columns of the outputs and of x, for the kernel's description alone: sizes are run-time values.
-    Tensors of a call: [*outputs, x, *weights, *captures], then the integers n0, n1, ...; floats: eps.
+    maxima: outputs whose rows' largest magnitudes are taken too, into contiguous float32 [M].
+    Tensors of a call: [*outputs, *maxima, x, *weights, *captures], then the integers n0, n1, ...; floats: eps.
     Raises UnsupportedError for other dtypes, and for a weight whose columns have two kinds of partners.
     """
     _check(x_dtype, weight_dtypes, capture_dtypes)
     mixed = any(d != x_dtype for d in weight_dtypes)
     wide = mixed or x_dtype == torch.float32
-    text = LinearText(spec, weight_dtypes=weight_dtypes, wide=wide, overflows=x_dtype == torch.float16, capture_ranks=capture_ranks, num_sizes=num_sizes)
+    text = LinearText(spec, weight_dtypes=weight_dtypes, wide=wide, overflows=x_dtype == torch.float16, capture_ranks=capture_ranks, num_sizes=num_sizes, maxima=maxima)
     kernels = text.kernels()
-    outputs = len(spec.epilogues)
+    outputs, at = len(spec.epilogues), len(spec.epilogues) + len(maxima)  # at: of x among the tensors
     types = _types(text, x_dtype, weight_dtypes, capture_dtypes, capture_ranks)
     prepare = [f"y = {'x if FUSED else ' if text.fusable else ''}torch.empty((M, K), dtype=x.dtype, device=x.device)", *(["if not FUSED:"] if text.fusable else []),
                f"{'    ' if text.fusable else ''}prepare_kernel[(M,)]({_call(text, 'prepare_kernel')}, num_warps=4, enable_fp_fusion=True)",
@@ -155,13 +159,24 @@ def emit(spec: Spec, *, x_dtype: torch.dtype, weight_dtypes: Sequence[torch.dtyp
         configs=_configs(text, 4 if wide else 2), kernels=kernels,
         loops="columns, or pairs of them, divided by the accumulators of each",
         slots="".join(f"({loop.slots(f'weights[{g.weights[0]}].shape[0]')}, {loop.spread}), " for loop in text.loops for g in loop.groups),
-        tensors=", ".join([*(f"out{o} [M, N]" for o in range(outputs)), "x [M, K]", weights, *([captures] if captures else [])]), sizes=", ".join(f"n{n}" for n in range(num_sizes)) or "none",
-        x=outputs, weights=len(weight_dtypes),
-        unpack=[f"outs, x, weights, captures = tensors[:{outputs}], tensors[{outputs}], tensors[{outputs + 1}:{outputs + 1 + len(weight_dtypes)}], tensors[{outputs + 1 + len(weight_dtypes)}:]", "M, K = x.shape"],
+        tensors=", ".join([*(f"out{o} [M, N]" for o in range(outputs)), *(f"maxima of out{o} float32 [M]" for o in maxima), "x [M, K]", weights, *([captures] if captures else [])]), sizes=", ".join(f"n{n}" for n in range(num_sizes)) or "none",
+        x=at, outputs=outputs, weights=len(weight_dtypes), **maxima_lines(outputs, at),
+        unpack=[f"outs, x, weights, captures = tensors[:{outputs}], tensors[{at}], tensors[{at + 1}:{at + 1 + len(weight_dtypes)}], tensors[{at + 1 + len(weight_dtypes)}:]", "M, K = x.shape", *unpacked_maxima(outputs, at)],
         indexed="*outs, x, *weights", prepare=prepare, total=" + ".join(f"weights[{w}].shape[0]" for group in text.groups for w in group.weights),
         gemv_call=_call(text, "gemv_kernel"), tiled_call=_call(text, "tiled_kernel"), combine_call=_call(text, "combine_kernel"), aot=_aot(text, types))
     detail = f"norm={spec.norm or 'none'} {' ; '.join(spec.epilogues)} {dtype}{shape}"
     return Kernel(name="linear", language="triton", source=source, entry="linear", rewrite="linear", detail=detail)
+
+
+def maxima_lines(outputs: int, x: int) -> dict[str, list[str]]:
+    """The host function's lines for the maxima, which lie between the outputs and x: 0 before every launch, and as the outputs were rounded where the interpreter computes in float32."""
+    if x == outputs:
+        return {"clear": [], "rounded": []}
+    return {"clear": [f"for top in tensors[{outputs}:{x}]:", "    top.zero_()"], "rounded": [f"for top in tensors[{outputs}:{x}]:", "    top.copy_(top.to(tensors[0].dtype))"]}
+
+
+def unpacked_maxima(outputs: int, x: int) -> list[str]:
+    return [f"maxima = [top.view(torch.int32) for top in tensors[{outputs}:{x}]]"] if x > outputs else []
 
 
 def _check(x_dtype, weight_dtypes, capture_dtypes):
@@ -202,6 +217,8 @@ def _types(text, x_dtype, weight_dtypes, capture_dtypes, capture_ranks) -> dict[
             return "i32"
         if name in ("partial_ptr", "squares_ptr"):
             return "*fp32"
+        if name.startswith("top"):
+            return "*i32"
         return POINTERS[weight_dtypes[int(name[1:-4])] if name[0] == "w" else capture_dtypes[int(name[1:-4])] if name[0] == "c" else x_dtype]
 
     return {name: kind(name) for name in text.parameters}
@@ -218,6 +235,8 @@ def _call(text: LinearText, kernel: str, known: Mapping[str, str] = {}) -> str:
             return "float(floats[0])"
         if name in ("x_ptr", "y_ptr", "partial_ptr", "squares_ptr"):
             return name[:-4]
+        if name.startswith("top"):
+            return f"maxima[{name[3:-4]}]"
         if name.startswith("stride_"):
             tensor, axis = name[7:-1], name[-1]
             if tensor == "w":

@@ -120,10 +120,12 @@ def without_r(e):
 
 
 class LinearText:
-    """The jit functions of one Spec. wide: fp32 products, of fp32 inputs or of mixed ones; overflows: dot inputs are fp16."""
+    """The jit functions of one Spec. wide: fp32 products, of fp32 inputs or of mixed ones; overflows: dot inputs are fp16; maxima: outputs whose rows' largest magnitudes are taken."""
 
-    def __init__(self, spec: Spec, *, weight_dtypes, wide: bool, overflows: bool, capture_ranks, num_sizes: int):
-        self.spec, self.wide, self.loops = spec, wide, loops_of(spec, weight_dtypes)
+    def __init__(self, spec: Spec, *, weight_dtypes, wide: bool, overflows: bool, capture_ranks, num_sizes: int, maxima=()):
+        self.spec, self.wide, self.loops, self.maxima = spec, wide, loops_of(spec, weight_dtypes), tuple(maxima)
+        if any(not 0 <= o < len(spec.epilogues) for o in maxima):
+            raise UnsupportedError(f"maxima of the outputs {list(maxima)}, there are {len(spec.epilogues)}")
         self.groups = tuple(sorted((g for loop in self.loops for g in loop.groups), key=lambda g: g.number))
         self.prologue = spec.prologue_expr
         self.has_prologue = self.prologue != sc.X
@@ -137,7 +139,7 @@ class LinearText:
         weights = sorted({w for group in g for w in group.weights})
         self.captures = [name for k, rank in enumerate(capture_ranks)
                          for name in (f"c{k}_ptr", *(f"c{k}_s{axis}" for axis in range(rank)), *(f"c{k}_n{axis}" for axis in range(rank)))]
-        self.parameters = [*(f"out{o}_ptr" for o in outputs), "x_ptr", *(f"w{w}_ptr" for w in weights), "y_ptr", "partial_ptr", "squares_ptr", *self.captures,
+        self.parameters = [*(f"out{o}_ptr" for o in outputs), *(f"top{n}_ptr" for n in range(len(self.maxima))), "x_ptr", *(f"w{w}_ptr" for w in weights), "y_ptr", "partial_ptr", "squares_ptr", *self.captures,
                            "M", "K", *(group.width for group in g), "splits", *(f"stride_o{o}{axis}" for o in outputs for axis in "mn"), "stride_xm", "stride_xk",
                            *(f"stride_w{w}n" for w in weights), "stride_wk", "eps", *(f"n{n}" for n in range(num_sizes))]
         self.total = " + ".join(f"{len(group.weights)} * {group.width}" if len(group.weights) > 1 else group.width for group in g)
@@ -248,7 +250,14 @@ class LinearText:
                           f"tl.store(out{o}_ptr + i * stride_o{o}m + j * stride_o{o}n, tl.interleave(y0, y1), mask=(i < M) & (j < N))"]
             else:
                 lines += [f"tl.store(out{o}_ptr + i * stride_o{o}m + j{q} * stride_o{o}n, y{q}, mask=(i < M) & (j{q} < N))" for q in loop.parts]
+            lines += [line for n, number in enumerate(self.maxima) if number == o for line in self._maximum(n, loop.parts)]
         return lines
+
+    @staticmethod
+    def _maximum(number: int, parts: tuple[int, ...]) -> list[str]:
+        """The largest magnitude of the results y0, y1 as they are stored, into the rows' numbers: as bits, which are ordered as magnitudes are (NaN above inf), so that the order of programs is no matter."""
+        bits = [f"tl.where((i < M) & (j{q} < N), y{q}.to(tl.float32), 0.0).to(tl.int32, bitcast=True) & 0x7fffffff" for q in parts]
+        return [f"top = {bits[0] if len(bits) == 1 else f'tl.maximum({bits[0]}, {bits[1]})'}", f"tl.atomic_max(top{number}_ptr + i, tl.max(top, 1)[:, None], mask=i < M, sem=\"relaxed\")"]
 
     def _partials(self, loop: Loop, split: str):
         """(accumulator, pointer to its share, mask) of every accumulator; a weight's columns lie side by side."""

@@ -146,7 +146,7 @@ def _fused_linear(c: Call):
 def _fused_linear_vector(c: Call):
     spec = spec_of(c["captures"], c["norm"], c["prologue"], c["epilogues"], c["pairs"])
     norm = {"": 0, "rms": 2, "layer": 4}[spec.norm] + operations(spec.prologue_expr)  # the prologue's text has the last product
-    return norm * elements(c["x"]) + sympy.Add(*(operations(e) * elements(x) for e, x in zip(spec.epilogue_exprs, c.outs)))
+    return norm * elements(c["x"]) + sympy.Add(*(operations(e) * elements(x) for e, x in zip(spec.epilogue_exprs, c.outs)), *(elements(c.outs[o]) for o in c["maxima"]))
 
 
 def _merge_heads(c: Call):

@@ -7,6 +7,9 @@ outputs are those of ir/linear.py; only the accumulators differ. With y = prolog
     "mixed"  column k is an outlier if some finite |y[i, k]| >= threshold, or, where `columns` is given, if it says so
              a[i, j] = sum over outliers y q scale + the others as in "int8", the row's maximum taken over those        LLM.int8()
 
+`row_max` gives max_k |x[i, k]| where whoever made x knows it (`maxima` of this op and of `linear`): y = x then, the maximum is not looked for,
+and the scales of the tokens are values of the graph. It is the same number, so nothing else changes.
+
     quantize_rows    scale[j, g] = max |w[j, k]| / 127 over the group,  q = clamp(round(w / scale), -127, 127)
     dequantize_rows  q scale, as a weight that a module holds in int8 is written in a graph
 
@@ -26,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RefusalError
-from .linear import NORMS, Spec, _library, _normalised, _outputs, compute_dtype, expanded, spec_of, widths
+from .linear import NORMS, Spec, _library, _normalised, _outputs, compute_dtype, expanded, fake_maxima, spec_of, widths, with_maxima
 
 ACTIVATIONS = ("float", "int8", "mixed")
 MOST_K = 133_144  # 127 * 127 * K < 2^31
@@ -57,17 +60,18 @@ def quantized(x: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
     return q.view(x.shape).to(torch.int8), scale
 
 
-def accumulators(y: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], activation: str, threshold: float = math.inf, columns: Tensor | None = None) -> list[Tensor]:
+def accumulators(y: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], activation: str, threshold: float = math.inf, columns: Tensor | None = None,
+                 row_max: Tensor | None = None) -> list[Tensor]:
     """The sums a_w [M, N_w] of y [M, K] float32 or float64, in y's dtype."""
     wide = [dequantized(q, s, y.dtype) for q, s in zip(weights, scales)]
     if activation == "float" or y.shape[1] == 0:
         return [y @ w.T for w in wide]
-    finite = y.isfinite().all(1, keepdim=True)
+    finite = (y.isfinite().all(1) if row_max is None else row_max.isfinite())[:, None]
     inner, outer = y.masked_fill(~finite, 0), None
     if activation == "mixed":
         outlier = columns if columns is not None else ((y.abs() >= threshold) & y.isfinite()).any(0)
         inner, outer = inner.masked_fill(outlier, 0), inner.masked_fill(~outlier, 0)
-    s = inner.abs().amax(1, keepdim=True) / 127
+    s = (inner.abs().amax(1) if row_max is None else row_max.to(y.dtype).masked_fill(~finite[:, 0], 0))[:, None] / 127
     t = torch.where(s > 0, inner / s, 0).round().clamp(-127, 127)
     found = []
     for q, scale, w in zip(weights, scales, wide):
@@ -84,17 +88,17 @@ def _exact(t: Tensor, q: Tensor) -> Tensor:
 
 
 def reference(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], captures: Sequence[Tensor], sizes: Sequence[int], eps: float, spec: Spec, activation: str,
-              threshold: float = math.inf, columns: Tensor | None = None) -> list[Tensor]:
+              threshold: float = math.inf, columns: Tensor | None = None, row_max: Tensor | None = None) -> list[Tensor]:
     """The definition in torch operations, all in the compute dtype but the exact sums; arguments and results as `int8_linear`."""
     dtype = compute_dtype(x.dtype)
     y = _normalised(x, captures, sizes, spec, eps, dtype)
-    return _outputs(accumulators(y, weights, scales, activation, threshold, columns), x, captures, sizes, spec, dtype)
+    return _outputs(accumulators(y, weights, scales, activation, threshold, columns, row_max), x, captures, sizes, spec, dtype)
 
 
 _library.define("quantize_rows(Tensor weight, int group) -> (Tensor, Tensor)")
 _library.define("dequantize_rows(Tensor q, Tensor scale, ScalarType dtype, str activation, float threshold, Tensor? columns) -> Tensor")
 _library.define("int8_linear(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] captures, SymInt[] sizes, str norm, float eps, str prologue, str[] epilogues, int[] pairs, "
-                "str activation, float threshold, Tensor? columns) -> Tensor[]")
+                "str activation, float threshold, Tensor? columns, Tensor? row_max=None, int[] maxima=[]) -> Tensor[]")
 
 
 @torch.library.impl("tileweld::quantize_rows", "CompositeExplicitAutograd", lib=_library)
@@ -145,7 +149,12 @@ def _check_weight(q, scale, k, activation):
     torch._check(activation == "float" or scale.shape[1] == 1, lambda: f"int8: {scale.shape[1]} scales a row with activations of int8, expected one")
 
 
-def _check(x, weights, scales, norm, epilogues, pairs, activation, columns):
+def arguments(given: Sequence) -> list:
+    """All fifteen arguments of a call of `int8_linear`: a graph leaves the last ones out where they are the defaults."""
+    return [*given, *(None, ())[len(given) - 13:]]
+
+
+def _check(x, weights, scales, norm, prologue, epilogues, pairs, activation, columns, row_max):
     torch._check(x.dim() == 2, lambda: f"int8_linear: x has {x.dim()} dims, expected [rows, K]")
     torch._check(norm in NORMS, lambda: f"int8_linear: norm {norm!r}, expected one of {NORMS}")
     torch._check(len(pairs) == 2 * len(epilogues) and len(scales) == len(weights), lambda: f"int8_linear: {len(weights)} weights with {len(scales)} scales, {len(epilogues)} outputs with {len(pairs)} numbers of pairs")
@@ -154,25 +163,28 @@ def _check(x, weights, scales, norm, epilogues, pairs, activation, columns):
     for q, scale in zip(weights, scales):
         _check_weight(q, scale, k, activation)
     torch._check(columns is None or (columns.dtype == torch.bool and columns.dim() == 1 and columns.shape[0] == k), lambda: f"int8_linear: columns for rows of {k}, expected bool [K]")
+    torch._check(row_max is None or (activation == "int8" and not norm and prologue == "x" and row_max.dim() == 1 and row_max.shape[0] == x.shape[0] and row_max.dtype == compute_dtype(x.dtype)),
+                 lambda: f"int8_linear: row_max {row_max.dtype} {[*row_max.shape]} for activation {activation!r}, norm {norm!r}, prologue {prologue!r}, expected {compute_dtype(x.dtype)} [rows] of x itself as int8")
 
 
 @torch.library.impl("tileweld::int8_linear", "CompositeExplicitAutograd", lib=_library)
 def int8_linear(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], captures: Sequence[Tensor], sizes: Sequence[int], norm: str, eps: float, prologue: str,
-                epilogues: Sequence[str], pairs: Sequence[int], activation: str, threshold: float, columns: Tensor | None) -> list[Tensor]:
+                epilogues: Sequence[str], pairs: Sequence[int], activation: str, threshold: float, columns: Tensor | None, row_max: Tensor | None = None,
+                maxima: Sequence[int] = ()) -> list[Tensor]:
     """Fused matrix products of the rows of x with int8 weights.
 
     x [M, K] of a float dtype; weights, each int8 [N_w, K]; scales, for each float32 [N_w, K / group], one column for activation "int8" and
-    "mixed"; columns: bool [K] or None; the others as in `tileweld::linear`. Returns one contiguous [M, N] in x's dtype for every
-    epilogue. M = 0 and K = 0 are allowed. Raises RuntimeError for other shapes and dtypes, and for K above `MOST_K` in int32 sums.
+    "mixed"; columns: bool [K] or None; row_max: None, or max_k |x[i, k]| [M] in the compute dtype, for "int8" without norm and prologue; the others as
+    in `tileweld::linear`. Returns one contiguous [M, N] in x's dtype for every epilogue, then `maxima`. M = 0 and K = 0 are allowed. Raises RuntimeError for other shapes and dtypes, and for K above `MOST_K` in int32 sums.
     """
-    _check(x, weights, scales, norm, epilogues, pairs, activation, columns)
-    return reference(x, weights, scales, captures, sizes, eps, spec_of(captures, norm, prologue, epilogues, pairs), activation, threshold, columns)
+    _check(x, weights, scales, norm, prologue, epilogues, pairs, activation, columns, row_max)
+    return with_maxima(reference(x, weights, scales, captures, sizes, eps, spec_of(captures, norm, prologue, epilogues, pairs), activation, threshold, columns, row_max), maxima)
 
 
 @torch.library.register_fake("tileweld::int8_linear", lib=_library)
-def _(x, weights, scales, captures, sizes, norm, eps, prologue, epilogues, pairs, activation, threshold, columns):
-    _check(x, weights, scales, norm, epilogues, pairs, activation, columns)
-    return [x.new_empty((x.shape[0], n)) for n in widths(spec_of(captures, norm, prologue, epilogues, pairs), weights)]
+def _(x, weights, scales, captures, sizes, norm, eps, prologue, epilogues, pairs, activation, threshold, columns, row_max=None, maxima=()):
+    _check(x, weights, scales, norm, prologue, epilogues, pairs, activation, columns, row_max)
+    return fake_maxima([x.new_empty((x.shape[0], n)) for n in widths(spec_of(captures, norm, prologue, epilogues, pairs), weights)], maxima)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -206,8 +218,8 @@ class _Call:
 
 
 @torch.library.impl("tileweld::int8_linear", "Autograd", lib=_library)
-def _(x, weights, scales, captures, sizes, norm, eps, prologue, epilogues, pairs, activation, threshold, columns):
-    call = _Call(weights, scales, sizes, (norm, eps, prologue, epilogues, pairs), (activation, threshold, columns))
+def _(x, weights, scales, captures, sizes, norm, eps, prologue, epilogues, pairs, activation, threshold, columns, row_max=None, maxima=()):
+    texts, how = (norm, eps, prologue, epilogues, pairs), (activation, threshold, columns, row_max)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *captures)):
-        return list(_StraightThrough.apply(call, x, *captures))
-    return call(x, captures)
+        return with_maxima(list(_StraightThrough.apply(_Call(weights, scales, sizes, texts, how), x, *captures)), maxima)
+    return _Call(weights, scales, sizes, texts, (*how, maxima))(x, captures)

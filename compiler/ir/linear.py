@@ -21,6 +21,9 @@ t >= 2 half is its own partner. So the fused forms of a transformer are instance
     q, k, v + rotary      weights [q, k, v], epilogues "a0*c1[i, mod(j, 64)] + where(mod(j, 64) < 32, -p0, p0)*c2[i, mod(j, 64)]", ..., "a2"
     projection + residual epilogue "a0 + c0[i, j]"
 
+``maxima`` numbers outputs whose rows' largest magnitudes are results too, max_j |out_o[i, j]| of what was rounded: what an int8_linear
+that reads out_o needs before it can round a single element.
+
 Everything is computed in float32 (float64 for float64) and rounded once, to x's dtype; unlike the ops it replaces, which round
 after each. Under autograd the op is its parts (`expanded`), so that the partitioner may choose what is kept for the backward.
 
@@ -159,6 +162,23 @@ def partner(a: Tensor, block: int, half: int) -> Tensor:
     return torch.cat([parts[..., half:2 * half], parts[..., :half], parts[..., 2 * half:]], -1).view(a.shape)
 
 
+def row_max(x: Tensor) -> Tensor:
+    """max_j |x[i, j]| [M] of x [M, N], in the compute dtype; NaN for a row that has one, 0 where there are no columns."""
+    wide = x.to(compute_dtype(x.dtype))
+    return wide.abs().amax(1) if x.shape[1] else wide.new_zeros(x.shape[0])
+
+
+def with_maxima(outs: list[Tensor], maxima: Sequence[int]) -> list[Tensor]:
+    """The outputs, and behind them `row_max` of those that are asked for."""
+    return [*outs, *(row_max(outs[o].detach()) for o in maxima)]
+
+
+def fake_maxima(outs: list[Tensor], maxima: Sequence[int]) -> list[Tensor]:
+    """`with_maxima` of fakes. Raises RuntimeError for an output that is not there."""
+    torch._check(all(0 <= o < len(outs) for o in maxima), lambda: f"maxima of the outputs {list(maxima)}, there are {len(outs)}")
+    return [*outs, *(outs[o].new_empty(outs[o].shape[0], dtype=compute_dtype(outs[o].dtype)) for o in maxima)]
+
+
 def _outputs(accumulators, x, captures, sizes, spec, dtype):
     outs = []
     for o, e in enumerate(spec.epilogue_exprs):
@@ -176,35 +196,38 @@ def reference(x: Tensor, weights: Sequence[Tensor], captures: Sequence[Tensor], 
     return _outputs([y @ w.to(dtype).T for w in weights], x, captures, sizes, spec, dtype)
 
 
-def expanded(x: Tensor, weights: Sequence[Tensor], captures: Sequence[Tensor], sizes: Sequence[int], norm: str, eps: float, prologue: str, epilogues: Sequence[str], pairs: Sequence[int]) -> list[Tensor]:
+def expanded(x: Tensor, weights: Sequence[Tensor], captures: Sequence[Tensor], sizes: Sequence[int], norm: str, eps: float, prologue: str, epilogues: Sequence[str], pairs: Sequence[int],
+             maxima: Sequence[int] = ()) -> list[Tensor]:
     """The op as its parts: norm, library matmuls in x's dtype, epilogue. What runs where the fused kernel does not pay, and under autograd."""
     spec, dtype = spec_of(captures, norm, prologue, epilogues, pairs), compute_dtype(x.dtype)
     y = _normalised(x, captures, sizes, spec, eps, dtype).to(x.dtype)
-    return _outputs([torch.nn.functional.linear(y, w).to(dtype) for w in weights], x, captures, sizes, spec, dtype)
+    return with_maxima(_outputs([torch.nn.functional.linear(y, w).to(dtype) for w in weights], x, captures, sizes, spec, dtype), maxima)
 
 
 _library = torch.library.Library("tileweld", "FRAGMENT")
-_library.define("linear(Tensor x, Tensor[] weights, Tensor[] captures, SymInt[] sizes, str norm, float eps, str prologue, str[] epilogues, int[] pairs) -> Tensor[]")
+_library.define("linear(Tensor x, Tensor[] weights, Tensor[] captures, SymInt[] sizes, str norm, float eps, str prologue, str[] epilogues, int[] pairs, int[] maxima=[]) -> Tensor[]")
 
 
 @torch.library.impl("tileweld::linear", "CompositeExplicitAutograd", lib=_library)
-def linear(x: Tensor, weights: Sequence[Tensor], captures: Sequence[Tensor], sizes: Sequence[int], norm: str, eps: float, prologue: str, epilogues: Sequence[str], pairs: Sequence[int]) -> list[Tensor]:
+def linear(x: Tensor, weights: Sequence[Tensor], captures: Sequence[Tensor], sizes: Sequence[int], norm: str, eps: float, prologue: str, epilogues: Sequence[str], pairs: Sequence[int],
+           maxima: Sequence[int] = ()) -> list[Tensor]:
     """Fused matrix products of the rows of x.
 
     x [M, K]; weights, each [N_w, K]; float dtypes, any strides; captures: c0, c1, ... of any rank and dtype; sizes: n0, n1, ...
-    Returns one contiguous [M, N] in x's dtype for every epilogue. M = 0 and K = 0 are allowed.
+    Returns one contiguous [M, N] in x's dtype for every epilogue, and behind them for every number of an output in maxima its rows' largest magnitudes,
+    [M] float32 (float64 for float64), without a gradient. M = 0 and K = 0 are allowed.
     """
-    return reference(x, weights, captures, sizes, eps, spec_of(captures, norm, prologue, epilogues, pairs))
+    return with_maxima(reference(x, weights, captures, sizes, eps, spec_of(captures, norm, prologue, epilogues, pairs)), maxima)
 
 
 @torch.library.register_fake("tileweld::linear", lib=_library)
-def _(x, weights, captures, sizes, norm, eps, prologue, epilogues, pairs):
+def _(x, weights, captures, sizes, norm, eps, prologue, epilogues, pairs, maxima=()):
     torch._check(x.dim() == 2, lambda: f"linear: x has {x.dim()} dims, expected [rows, K]")
     torch._check(norm in NORMS, lambda: f"linear: norm {norm!r}, expected one of {NORMS}")
     torch._check(len(pairs) == 2 * len(epilogues), lambda: f"linear: {len(pairs)} numbers of pairs for {len(epilogues)} outputs, expected two for each")
     for w in weights:
         torch._check(w.dim() == 2 and w.shape[1] == x.shape[1], lambda: f"linear: weight {[*w.shape]} for rows of {x.shape[1]}")
-    return [x.new_empty((x.shape[0], n)) for n in widths(spec_of(captures, norm, prologue, epilogues, pairs), weights)]
+    return fake_maxima([x.new_empty((x.shape[0], n)) for n in widths(spec_of(captures, norm, prologue, epilogues, pairs), weights)], maxima)
 
 
 @torch.library.impl("tileweld::linear", "Autograd", lib=_library)
