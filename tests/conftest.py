@@ -19,8 +19,13 @@ if not _WORKER:
     os.environ["TILEWELD_CACHE_DIR"] = os.path.join(_PRIVATE, "kernels")
     os.environ["TRITON_CACHE_DIR"] = os.path.join(_PRIVATE, "triton")
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+# 200 ms an example, hypothesis' limit, says how busy the machine is: four lines of arithmetic have passed it.
+hypothesis.settings.register_profile("busy machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy machine")
 
 # Two, also where there are more cores: a kernel that races must have somebody to race with, and timings stay comparable.
 torch.set_num_threads(2)
