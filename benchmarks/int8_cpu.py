@@ -71,7 +71,7 @@ OUTLIERS = 6  # columns of "mixed", out of K
 
 
 def launcher(kernel):
-    return CppLauncher(compile_cpp([CppUnit(kernel.name, kernel.source)])[0], kernel.entry)
+    return CppLauncher(compile_cpp([CppUnit.of(kernel)])[0], kernel.entry)
 
 
 def torchao_modules(weights, dynamic: bool) -> list | None:

@@ -100,7 +100,7 @@ def run(workload: Workload, rounds: int) -> str:
         made, reads, read = Variant(f"0.125*(s*c0{at})", value=f"c1{at}"), [k_scale[..., 0], v_scale[..., 0]], [k8, v8]
         known = {"k_dtype": torch.int8, "v_dtype": torch.int8}
     kernel = emit(made, q_dtype=workload.dtype, capture_dtypes=[c.dtype for c in reads], capture_ranks=[c.dim() for c in reads], head_dim=D, value_dim=D, **known)
-    launch = CppLauncher(compile_cpp([CppUnit(kernel.name, kernel.source, kernel.link_torch)])[0], kernel.entry)
+    launch = CppLauncher(compile_cpp([CppUnit.of(kernel)])[0], kernel.entry)
     out = empty_output(q, D)
     bias, pairs = bias_of(variant, captures, workload.shape)
     contenders = [lambda: launch([out, q, *read, *reads])]
@@ -140,7 +140,7 @@ def run_latent(name: str, rounds: int) -> list[str]:
     q, latent, rotary = (torch.randn(B, heads, T, width).to(dtype) for heads, T, width in ((H, Tq, L + R), (1, Tk, L), (1, Tk, R)))
     joined, out, scale = torch.cat([latent, rotary], -1), empty_output(q, L), 0.07
     kernels = [emit(Variant(f"s*{scale}"), q_dtype=dtype, head_dim=L + R, value_dim=L, key_dims=dims) for dims in ((L, R), (L + R,))]
-    parts, one = (CppLauncher(library, kernel.entry) for library, kernel in zip(compile_cpp([CppUnit(k.name, k.source, k.link_torch) for k in kernels]), kernels))
+    parts, one = (CppLauncher(library, kernel.entry) for library, kernel in zip(compile_cpp([CppUnit.of(k) for k in kernels]), kernels))
 
     def products():
         rows = q.reshape(B, H * Tq, L + R)

@@ -130,7 +130,7 @@ def run(workload: Workload, rounds: int, clock, read_all) -> str:
     unit = [[stride == 1 for stride in t.stride()] for t in (*outs, x, *weights[0], *captures)]
     kernel = emit(spec_of(captures, *spec_arguments), x_dtype=dtype, weight_dtypes=[dtype] * len(N), capture_dtypes=[c.dtype for c in captures], capture_ranks=[c.dim() for c in captures], widths=N, k=K,
                   rows=M, unit=unit)
-    launch = CppLauncher(compile_cpp([CppUnit(kernel.name, kernel.source)])[0], kernel.entry)
+    launch = CppLauncher(compile_cpp([CppUnit.of(kernel)])[0], kernel.entry)
 
     def tileweld():
         for w in weights:

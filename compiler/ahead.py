@@ -44,7 +44,7 @@ def guessed(gm: GraphModule, options: Options, ops: Collection | None = None) ->
         if selector is not None and target_of(node, options) == "cpp" and all(map(_is_static, node.all_input_nodes)):
             kernel = selector(node, "cpp", options).kernel
             if kernel is not None and kernel.language == "cpp":
-                found[CppUnit(kernel.name, kernel.source, kernel.link_torch)] = None
+                found[CppUnit.of(kernel)] = None
     return list(found)
 
 

@@ -241,7 +241,7 @@ def _dumped(report, options, stage, form, diff) -> str:
 
     if stage == "kernels":
         if form is Format.json:
-            fields = ("name", "language", "rewrite", "detail", "entry", "source")
+            fields = ("name", "language", "rewrite", "detail", "entry", "source", "parts")
             return json.dumps({"stage": stage, "kernels": [{f: getattr(k, f) for f in fields} for k in report.sources]}, indent=1)
         return dumping.kernels(report, options)
     if diff:

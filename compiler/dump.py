@@ -187,6 +187,7 @@ def _quoted(x: str) -> str:
 def kernels(report: Report, options: Options) -> str:
     """Every generated source, then for each graph the Python that runs, with the kernels by name. Nothing is built."""
     parts = [f"# ==== {k.language} kernel {k.name}  ({k.rewrite}: {k.detail})\n{k.source.rstrip()}" for k in report.sources]
+    parts += [f"# ==== cpp, linked with {', '.join(names)}\n{part.rstrip()}" for part, names in report.parts().items()]
     for aot, view in zip(report.aot, views(report, "aot")):
         parts.append(f"# ==== {view.title}: what runs\n{_executable(aot.gm, options)}")
     return "\n\n".join(parts)

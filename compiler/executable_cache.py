@@ -182,7 +182,7 @@ def _entry(executable: Callable) -> dict:
 def _libraries(kernels: list[Kernel]) -> list[list[str]]:
     from ..runtime.build import CppUnit, build
 
-    paths = build([CppUnit(k.name, k.source, k.link_torch) for k in kernels])
+    paths = build([CppUnit.of(k) for k in kernels])
     digests = [cache.digest(path) for path in paths]
     if None in digests:
         raise NotKept("a kernel's library has gone")

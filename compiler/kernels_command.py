@@ -33,7 +33,7 @@ def on_this_machine(kernels: Sequence[Kernel]) -> Rows:
         if kernel.language == "cpp":
             started = time.perf_counter()
             try:
-                (path,) = build([CppUnit(kernel.name, kernel.source, kernel.link_torch)])
+                (path,) = build([CppUnit.of(kernel)])
                 record |= {"seconds": round(time.perf_counter() - started, 3), "bytes": path.stat().st_size}
             except BuildError as error:
                 record["error"] = str(error).splitlines()[0]

@@ -161,14 +161,14 @@ def _build(choices: dict[str, Choice], options: Options, report: Report) -> dict
     cpp = [c.kernel for c in choices.values() if c.kernel.language == "cpp"]
     cpp += [launches.KERNEL] * bool(cpp)
     try:
-        libraries = compile_cpp([CppUnit(k.name, k.source, k.link_torch) for k in cpp])
+        libraries = compile_cpp([CppUnit.of(k) for k in cpp])
         made |= {k.source: CppLauncher(library, k.entry) for k, library in zip(cpp, libraries)}
     except CompilerNotFound as error:
         _degrade(error, options, report)
     except BuildError:  # one of them does not compile: the others still do
         for k in cpp:
             try:
-                made[k.source] = CppLauncher(compile_cpp([CppUnit(k.name, k.source, k.link_torch)])[0], k.entry)
+                made[k.source] = CppLauncher(compile_cpp([CppUnit.of(k)])[0], k.entry)
             except BuildError as error:
                 _degrade(error, options, report, DRIVERLESS if k is launches.KERNEL else SLOW)
     for choice in choices.values():

@@ -182,6 +182,10 @@ class Report:
         """Bytes that the kept values take, with what several graphs share counted once."""
         return sum({(f.key, f.weights): f.bytes for f in self.folded}.values())
 
+    def parts(self) -> dict[str, list[str]]:
+        """Translation units that kernels share -> the names of those kernels, in order of first use."""
+        return {part: [k.name for k in self.sources if part in k.parts] for kernel in self.sources for part in kernel.parts}
+
     def warn(self, message: str) -> None:
         """A degradation, listed once."""
         if message not in self.warnings:

@@ -53,6 +53,7 @@ def page(report: Report, options: Options, title: str) -> str:
              for n, (a, b) in enumerate(zip(report.captured, report.graphs))]
     parts.append(_section("Graphs", "".join(diffs)))
     sources = "".join(_details(f"{k.name} ({k.language}): {k.detail}", f"<pre>{escape(k.source)}</pre>") for k in report.sources)
+    sources += "".join(_details(f"linked with {', '.join(names)}", f"<pre>{escape(part)}</pre>") for part, names in report.parts().items())
     parts.append(_section("Generated kernels", sources or "<p>None: everything runs on library calls.</p>"))
     body = "\n".join(parts)
     return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}: tileweld</title><style>{_STYLE}</style></head>\n<body>{body}</body></html>\n'

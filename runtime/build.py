@@ -26,6 +26,7 @@ import torch
 
 from ..compiler import log
 from ..compiler.errors import BuildError, CompilerNotFound, OptionError
+from ..compiler.ir.kernel import Kernel
 from . import cache, openmp
 from .launch import load_library
 
@@ -48,12 +49,18 @@ class CppUnit:
     name: a C identifier, for file names and messages.
     link_torch: link libtorch_cpu and libc10 (`at::native::cpublas::brgemm`, `sgemm_`).
     extra_flags: for the compiler, after the standard ones.
+    parts: sources of translation units that it is linked with; units that share one have it compiled once.
     """
 
     name: str
     source: str
     link_torch: bool = False
     extra_flags: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, kernel: Kernel, extra_flags: tuple[str, ...] = ()) -> CppUnit:
+        return cls(kernel.name, kernel.source, kernel.link_torch, extra_flags, kernel.parts)
 
     def __post_init__(self):
         object.__setattr__(self, "extra_flags", tuple(self.extra_flags))
@@ -85,8 +92,7 @@ def build(units: Sequence[CppUnit]) -> list[Path]:
     futures = begun.taken(distinct) if begun is not None else {}
     workers = min(len(distinct), len(os.sched_getaffinity(0)))
     with concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="tileweld-build") as pool:
-        # The longest source first: one that takes twice the others' time would else be waited for alone.
-        futures |= {unit: pool.submit(_build_one, unit, compiler, running) for unit in sorted(distinct, key=lambda u: -len(u.source)) if unit not in futures}
+        futures |= _begun(pool, [unit for unit in distinct if unit not in futures], compiler, running)
         try:
             for future in futures.values():
                 future.result()
@@ -96,6 +102,18 @@ def build(units: Sequence[CppUnit]) -> list[Path]:
             running.stop()
             raise
     return [futures[unit].result() for unit in units]
+
+
+def _begun(pool: concurrent.futures.Executor, units: list[CppUnit], compiler: Compiler, running: _Running) -> dict[CppUnit, concurrent.futures.Future]:
+    """The longest source first: one that takes twice the others' time would else be waited for alone. Before the first of those that share a part, the part."""
+    futures, parts = {}, set()
+    for unit in sorted(units, key=lambda u: -len(u.source)):
+        for part in unit.parts:
+            if part not in parts:
+                pool.submit(_build_part, part, unit, compiler, running)  # an error is told by the units, which ask for it again
+                parts.add(part)
+        futures[unit] = pool.submit(_build_one, unit, compiler, running)
+    return futures
 
 
 @contextlib.contextmanager
@@ -125,9 +143,7 @@ class _Ahead:
         self._futures: dict[CppUnit, concurrent.futures.Future] = {}
 
     def begin(self, units: Iterable[CppUnit]) -> None:
-        for unit in sorted(dict.fromkeys(units), key=lambda u: -len(u.source)):
-            if unit not in self._futures:
-                self._futures[unit] = self._pool.submit(_build_one, unit, self._compiler, self._running)
+        self._futures |= _begun(self._pool, [unit for unit in dict.fromkeys(units) if unit not in self._futures], self._compiler, self._running)
 
     def taken(self, units: list[CppUnit]) -> dict[CppUnit, concurrent.futures.Future]:
         self._futures = {unit: future for unit, future in self._futures.items() if not future.cancel()}
@@ -186,25 +202,40 @@ def _linker(command: tuple[str, ...], path: str) -> tuple[str, ...]:
 
 
 def _build_one(unit: CppUnit, compiler: Compiler, running: _Running) -> Path:
-    compile_flags = [*COMPILE_FLAGS, *unit.extra_flags]
+    compile_flags = _compile_flags(unit)
     link_flags = [*LINK_FLAGS, *_linker(compiler.command, os.environ.get("PATH", os.defpath)), *_libraries(unit, compiler)]
-    if unit.link_torch:
-        compile_flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
     key = cache.entry_key("cpp", unit.source, name=unit.name, compiler=compiler.command, version=compiler.version,
-                          compile_flags=compile_flags, link_flags=link_flags)
+                          compile_flags=compile_flags, link_flags=link_flags, parts=unit.parts)
 
     def produce(scratch: Path) -> Path:
-        # The source stays in the cache beside the library: error messages and debuggers point at it.
-        source = scratch.parent / f"{key}.cpp"
-        cache.put_text(source, unit.source)
-        compiled, linked = scratch / f"{unit.name}.o", scratch / f"{unit.name}.so"
-        running.run([*compiler.command, *compile_flags, "-c", str(source), "-o", str(compiled)], unit, source)
+        compiled, linked = _compiled(unit, unit.source, key, scratch, compile_flags, compiler, running), scratch / f"{unit.name}.so"
+        parts = [_build_part(part, unit, compiler, running) for part in unit.parts]
         # Linked apart, without -fopenmp: that flag would add the compiler's own libgomp to the libraries.
-        running.run([*compiler.command, str(compiled), "-o", str(linked), *link_flags], unit, source)
+        running.run([*compiler.command, *map(str, [compiled, *parts]), "-o", str(linked), *link_flags], unit, scratch.parent / f"{key}.cpp")
         return linked
 
     return cache.fetch(key, ".so", produce, name=unit.name, compiler=list(compiler.command),
                        compile_flags=compile_flags, link_flags=link_flags)
+
+
+def _build_part(part: str, unit: CppUnit, compiler: Compiler, running: _Running) -> Path:
+    """The object file of a part. Two units that want it at once: one compiles, the other waits for the cache's lock."""
+    flags = _compile_flags(unit)
+    key = cache.entry_key("cpp part", part, compiler=compiler.command, version=compiler.version, compile_flags=flags)
+    return cache.fetch(key, ".o", lambda scratch: _compiled(unit, part, key, scratch, flags, compiler, running), name=f"{unit.name}, part", compiler=list(compiler.command), compile_flags=flags)
+
+
+def _compile_flags(unit: CppUnit) -> list[str]:
+    abi = [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"] if unit.link_torch else []
+    return [*COMPILE_FLAGS, *unit.extra_flags, *abi]
+
+
+def _compiled(unit: CppUnit, text: str, key: str, scratch: Path, flags: list[str], compiler: Compiler, running: _Running) -> Path:
+    # The source stays in the cache beside the library: error messages and debuggers point at it.
+    source, compiled = scratch.parent / f"{key}.cpp", scratch / f"{unit.name}.o"
+    cache.put_text(source, text)
+    running.run([*compiler.command, *flags, "-c", str(source), "-o", str(compiled)], unit, source)
+    return compiled
 
 
 def _libraries(unit: CppUnit, compiler: Compiler) -> list[str]:

@@ -49,7 +49,8 @@ def emit(spec: Spec, *, x_dtype: torch.dtype, capture_dtypes: Sequence[torch.dty
     variant = (f"constexpr bool MIXED = {flag(activation == 'mixed' and not is_float)};  // outlier columns are floats\n"
                f"constexpr int64_t GROUP[] = {{{', '.join(str(k // n) for n in groups)}}};  // columns of a scale, by weights\n" + text("int8_bytes.h"))
     few_texts = [*([text("linear_few_rows.h"), text("int8_few_float.h")] if is_float else [text("int8_few.h")]), text("linear_few.h")]
-    many_texts = (["constexpr bool BFLOAT16 = false;\n", text("linear_lanes.h"), text("int8_many_float.h"), text("linear_settled.h")] if is_float else [text("int8_lanes.h")]) + [text("linear_many.h")]
+    many_texts = (["constexpr bool BFLOAT16 = false;\n", text("linear_lanes.h"), text("linear_lane_rows.h"), text("int8_many_float.h"), text("linear_settled.h")] if is_float else [text("int8_lanes.h")])
+    many_texts += ["#define LINKAGE static\n", text("linear_panels.h"), text("linear_kernels.h"), text("linear_many.h")]
     most = few(activation, k)
     is_few, is_many = rows is None or rows <= most, rows is None or rows > most
     shared = [] if is_float and not is_few else [steps_source(rows if is_few else 1, one=True), text("linear_dots.h"), text("int8_dots.h"), *([] if is_float else [KNOWN if has_row_max else FOUND, text("int8_outliers.h")])]

@@ -7,9 +7,6 @@ constexpr bool HALVES = BFLOAT16;
 constexpr bool HALVES = false;
 #endif
 constexpr int64_t EACH = HALVES ? 2 : 1;  // elements of K in a lane
-constexpr int64_t LANES = (K + EACH - 1) / EACH;   // of a row of y, of a column of a weight
-constexpr int64_t LANES_ROW = HALVES ? round_up(LANES, GRAIN) + (round_up(LANES, GRAIN) % 256 == 0 ? GRAIN : 0) : Y_ROW;  // see Y_ROW
-constexpr int64_t LANES_BUFFER = HALVES ? Y_ROW : 0;  // floats of a thread that make_lanes writes to
 
 // sum + x y (by value: sums whose address an asm takes would live in memory).
 INLINE Vector add_product(Vector sum, Vector x, Vector y) {
@@ -49,20 +46,3 @@ INLINE Vector lanes_across(const W* w, int64_t column, int64_t left, int count) 
         return gather_vector(w, 1, count);
     }
 }
-
-// y of row i in lanes, at `to`; `floats` holds Y_ROW.
-INLINE void make_lanes(const Call& call, int64_t i, float* to, float*, float* floats) {
-    if constexpr (HALVES) {
-        std::memset(floats + K, 0, sizeof(float) * (Y_ROW - K));
-        make_row(call, i, floats);
-        for (int64_t k = 0; k < round_up(K, VL); k += VL) write_vector(reinterpret_cast<BFloat16*>(to) + k, load_vector(floats + k));
-    } else {
-        make_row(call, i, to);
-    }
-}
-// May the products read x itself?
-INLINE bool is_x_ready(const Call& call) {
-    if constexpr (HALVES) return IDENTITY && K % 2 == 0 && has_unit(call) && call.x_row % 2 == 0 && call.x_row % 512 != 0;
-    else return is_ready(call, false);
-}
-INLINE const float* ready_lanes(const Call& call, int64_t i) { return reinterpret_cast<const float*>(call.x + i * call.x_row); }

@@ -4,7 +4,6 @@
 // The products run over lanes of 32 bits, EACH elements along K in one. What a lane holds, how rows and weights get into lanes and what has to be done to
 // sums before they are accumulators, the includer has said: LANES, `add_product`, `make_lanes`, `with_source`, `begin_call`, `begin_strip`, `settle`.
 
-constexpr int PANEL = 2 * VL;                 // columns of a micro-kernel
 constexpr int64_t PACKED = int64_t(1) << 17;  // floats of a packed strip: 512 KiB, half of an L2 cache
 constexpr int64_t strip_of(const Group& group) { return group.strip(PANEL, smaller(STRIP, PACKED / larger_size(LANES * group.slots, 1))); }
 
@@ -17,46 +16,7 @@ constexpr bool has_narrow_panels() {
 }
 constexpr bool NARROW = has_narrow_panels();
 
-constexpr int BLOCK_ROWS = VL == 16 ? 12 : 6;   // rows of a micro-kernel: 24 sums of AVX-512's 32 registers, 12 of 16
 constexpr int64_t Y_FLOATS = int64_t(1) << 22;  // 16 MiB of y at a time; at least 512 rows, for which a strip is packed once
-
-// A lane in all lanes.
-INLINE Vector spread(const float* p) {
-    uint32_t bits;
-    std::memcpy(&bits, p, sizeof(bits));
-    return bit_cast<Vector>(bits - BitVector{});
-}
-// to[r][j] (+)= sum over k of y[r][k] panel[k][j], for R rows and V vectors of columns. One for all callers: of a clone for `first` or a stride that is known
-// GCC 12 keeps sums on the stack, at half the speed.
-#if defined(__clang__)
-#define ONE_FOR_ALL __attribute__((noinline))
-#else
-#define ONE_FOR_ALL __attribute__((noinline, noclone))
-#endif
-template <int R, int V>
-static ONE_FOR_ALL void multiply(const float* y, int64_t y_row, const float* panel, int64_t depth, float* to, int64_t to_row, bool first) {
-    Vector sums[R][V] = {};
-    if (!first)
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) sums[r][v] = load_vector(to + r * to_row + v * VL);
-    for (int64_t k = 0; k < depth; ++k, panel += PANEL) {
-        Vector columns[V];
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) __builtin_prefetch(panel + 8 * PANEL + v * VL);  // from the L2 cache: 2% faster
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) columns[v] = load_vector(panel + v * VL);
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-            const Vector x = spread(y + r * y_row + k);
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) sums[r][v] = add_product(sums[r][v], x, columns[v]);
-        }
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) store_vector(to + r * to_row + v * VL, sums[r][v]);
-}
 
 // Up to BLOCK_ROWS rows, by whole micro-kernels
 template <int V>
@@ -66,31 +26,6 @@ INLINE void multiply_block(int rows, const float* y, int64_t y_row, const float*
     int r = 0;
     for (; rows - r >= THIRD; r += THIRD) multiply<THIRD, V>(y + r * y_row, y_row, panel, depth, to + r * to_row, to_row, first);
     for (; r < rows; ++r) multiply<1, V>(y + r * y_row, y_row, panel, depth, to + r * to_row, to_row, first);
-}
-
-// Rows of a weight to the columns of a panel [depth][PANEL], zeros past the last: rows [n, n + columns), elements of K from `start` on
-template <class Source>
-static __attribute__((noinline)) void pack(const Source source, int64_t n, int64_t columns, int64_t start, int64_t depth, float* __restrict to) {
-    if constexpr (BY_COLUMNS)
-        if (source.by_columns()) {
-            for (int64_t k = start; k < start + EACH * depth; k += EACH, to += PANEL)
-                for (int c = 0; c < PANEL; c += VL) store_vector(to + c, c < columns ? source.across(n + c, k, K - k, int(smaller(VL, columns - c))) : Vector{});
-            return;
-        }
-    if constexpr (BY_ROWS || APART)
-        for (int c = 0; c < PANEL && c < columns; c += VL)
-            for (int64_t k = 0; k < depth; k += VL) {
-                Vector rows[VL];
-#pragma GCC unroll 16
-                for (int r = 0; r < VL; ++r) {
-                    rows[r] = c + r < columns ? source.along(n + c + r, start + EACH * k, K - start - EACH * k) : Vector{};
-                    __builtin_prefetch(source.at(n + c + r + VL, start + EACH * k), 0, 2);
-                }
-                transpose(rows);
-#pragma GCC unroll 16
-                for (int r = 0; r < VL; ++r)
-                    if (k + r < depth) store_vector(to + (k + r) * PANEL + c, rows[r]);
-            }
 }
 
 struct Strip {
@@ -113,7 +48,7 @@ static void multiply_strip(const Call& call, int g, int64_t first, int64_t begin
         const bool last = k + depth >= LANES;
         for (int s = 0; s < group.slots; ++s) {
             with_source(call, ORDER[group.first + s], first, [&](auto source) {
-                for (int64_t p = 0; p * PANEL < width; ++p) pack(source, p * PANEL, width - p * PANEL, EACH * k, depth, packed + (s * panels + p) * PANEL * depth);
+                for (int64_t p = 0; p * PANEL < width; ++p) pack(source, p * PANEL, width - p * PANEL, EACH * k, K, depth, packed + (s * panels + p) * PANEL * depth);
             });
         }
         if (last) begin_strip(call, g, first, width, strip.slot, shared, outer);

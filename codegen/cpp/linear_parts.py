@@ -93,8 +93,7 @@ def unit_source(spec: Spec, found: Sequence[Group], *, title: str, x_dtype: torc
         "// ---- this variant\n",
         f"using X = {ELEMENTS[x_dtype]};\nconstexpr int64_t K = {k};\nconstexpr int NORM = {NORMS.index(spec.norm)}, OUTPUTS = {outputs}, WEIGHTS = {weights};\n"
         f"constexpr bool IDENTITY = {flag(spec.prologue_expr == sc.X)};  // the prologue is x\n",
-        f"// known of every call\nconstexpr bool X_UNIT = {flag(unit is not None and unit[outputs][1])}, OUT_UNIT = {flag(unit is not None and all(u[1] for u in unit[:outputs]))};  // rows without gaps\n"
-        f"constexpr bool BY_ROWS = {flag(lies & {'rows', None})}, BY_COLUMNS = {flag(lies & {'columns', None})}, APART = {flag(lies & {'apart', None})};  // weights that lie so\n",
+        f"// known of every call\nconstexpr bool X_UNIT = {flag(unit is not None and unit[outputs][1])}, OUT_UNIT = {flag(unit is not None and all(u[1] for u in unit[:outputs]))};  // rows without gaps\n" + lies_source(lies),
         *([variant] if variant else []),
         text("linear_call.h"),
         groups_source(found),
@@ -107,6 +106,10 @@ def unit_source(spec: Spec, found: Sequence[Group], *, title: str, x_dtype: torc
         *ways,
     ]
     return "\n".join(parts), detail
+
+
+def lies_source(lies: set) -> str:
+    return f"constexpr bool BY_ROWS = {flag(lies & {'rows', None})}, BY_COLUMNS = {flag(lies & {'columns', None})}, APART = {flag(lies & {'apart', None})};  // weights that lie so\n"
 
 
 def ways_source(is_few: bool, is_many: bool, few_texts: Sequence[str], many_texts: Sequence[str], most: int, entry: str, may_be_apart: bool = True, maxima: Sequence[int] = ()) -> list[str]:

@@ -27,9 +27,11 @@ class Kernel:
     source: str
     entry: str
     link_torch: bool = False
+    parts: tuple[str, ...] = ()  # "cpp": translation units that the source is linked with, and shares with other kernels
     rewrite: str = ""  # the pass it came from
     detail: str = ""  # what a person recognises it by: score, mask, dtypes
 
     def __post_init__(self):
+        object.__setattr__(self, "parts", tuple(self.parts))  # a list, read from JSON
         if self.language not in ("cpp", "triton") or not self.entry.isidentifier():
             raise ValueError(f"kernel {self.name!r}: language {self.language!r}, entry {self.entry!r}")

@@ -42,7 +42,7 @@ def triton(family):
 
 
 def launcher(target, kernel):
-    return interpreted_entry(kernel.name, kernel.source, kernel.entry) if target == "triton" else CppLauncher(compile_cpp([CppUnit(kernel.name, kernel.source, kernel.link_torch)])[0], kernel.entry)
+    return interpreted_entry(kernel.name, kernel.source, kernel.entry) if target == "triton" else CppLauncher(compile_cpp([CppUnit.of(kernel)])[0], kernel.entry)
 
 
 def laid(tensors, which, axis):

@@ -40,7 +40,7 @@ def launcher(target, family):
     else:
         emit = cpp_attention.emit
     kernel = emit(variant, q_dtype=q, k_dtype=k, v_dtype=v, capture_dtypes=[c.dtype for c in captures], capture_ranks=[c.dim() for c in captures], head_dim=sum(dims), value_dim=8, key_dims=dims, num_sizes=1, lse=family == "lse")
-    run = interpreted_entry(kernel.name, kernel.source, kernel.entry) if target == "triton" else CppLauncher(compile_cpp([CppUnit(kernel.name, kernel.source, kernel.link_torch)])[0], kernel.entry)
+    run = interpreted_entry(kernel.name, kernel.source, kernel.entry) if target == "triton" else CppLauncher(compile_cpp([CppUnit.of(kernel)])[0], kernel.entry)
     return run, variant
 
 

@@ -24,7 +24,7 @@ def launcher(target, variant, dtype, queries):
         kernel = triton.emit(variant, **known)
         return interpreted_entry(kernel.name, kernel.source, kernel.entry)
     kernel = cpp.emit(variant, queries=queries, **known)
-    return CppLauncher(compile_cpp([CppUnit(kernel.name, kernel.source, kernel.link_torch)])[0], kernel.entry)
+    return CppLauncher(compile_cpp([CppUnit.of(kernel)])[0], kernel.entry)
 
 
 @pytest.mark.parametrize("tokens", [3, 20])

@@ -31,7 +31,7 @@ def launcher(target, *variant):
     kernel = emit(target, *variant)
     if target == "triton":
         return interpreted_entry(kernel.name, kernel.source, kernel.entry)
-    (library,) = compile_cpp([CppUnit(kernel.name, kernel.source)])
+    (library,) = compile_cpp([CppUnit.of(kernel)])
     return CppLauncher(library, kernel.entry)
 
 

@@ -92,7 +92,7 @@ CASES = {
 @functools.cache
 def launches():
     kernels = [case.kernel() for case in CASES.values()]
-    libraries = compile_cpp([CppUnit(k.name, k.source, extra_flags=case.flags) for k, case in zip(kernels, CASES.values())])
+    libraries = compile_cpp([CppUnit.of(k, case.flags) for k, case in zip(kernels, CASES.values())])
     return {name: CppLauncher(library, "linear") for name, library in zip(CASES, libraries)}
 
 
@@ -185,7 +185,7 @@ def known_launches():
         case = CASES[name]
         tensors = [*(torch.empty(M, n) for n in widths(case.spec(), case.weights())), torch.empty(M, case.K), *map(LAID[how], case.weights()), *(LAID[how](c) if c.dim() == 2 else c for c in case.captured(M))]
         kernels.append(case.kernel(rows=M, unit=[[stride == 1 for stride in t.stride()] for t in tensors]))
-    libraries = compile_cpp([CppUnit(k.name, k.source) for k in kernels])
+    libraries = compile_cpp([CppUnit.of(k) for k in kernels])
     return {key: (CppLauncher(library, "linear"), kernel.source) for key, library, kernel in zip(wanted, libraries, kernels)}
 
 
@@ -214,7 +214,7 @@ def test_bfloat16_products_over_long_rows_round_no_more_than_eager():
     """Pairs of bfloat16 along K, where the processor has them; odd K, K in parts, rows of x that are read in place, and infinities."""
     for K, N, M in ((2049, 70, 25), (4096, 300, 40), (130, 64, 13)):
         kernel = emit(Spec(), x_dtype=BF16, weight_dtypes=[BF16], widths=[N], k=K, rows=M, unit=[[False, True]] * 3)
-        launch = CppLauncher(compile_cpp([CppUnit("linear", kernel.source)])[0], "linear")
+        launch = CppLauncher(compile_cpp([CppUnit.of(kernel)])[0], "linear")
         for stride in (K, K + 6, K + 1):
             x, w = torch.randn(M, stride).to(BF16)[:, :K], (torch.randn(N, K) / K**0.5).to(BF16)
             x[3, 5], x[4, 6] = float("inf"), float("nan")
@@ -284,7 +284,7 @@ def test_random_specs(terms, first, norm, pair, K):
     make = lambda M: [torch.randn(N), torch.randn(M, N), torch.randint(0, 2, (M,))]  # noqa: E731
     spec = spec_of(make(1), norm, prologue, (epilogue, "a1"), (*pair, 0, 0))
     kernel = emit(spec, x_dtype=F32, weight_dtypes=[F32, F32], capture_dtypes=[F32, F32, torch.int64], capture_ranks=[1, 2, 1], widths=[N, N], k=K)
-    launch = CppLauncher(compile_cpp([CppUnit("linear", kernel.source, extra_flags=("-O1",))])[0], "linear")
+    launch = CppLauncher(compile_cpp([CppUnit.of(kernel, ("-O1",))])[0], "linear")
     for M in (2, 19):
         x, weights, captures = torch.randn(M, K), [torch.randn(N, K) / max(K, 1) ** 0.5 for _ in range(2)], make(M)
         for a, e in zip(outputs(launch, spec, x, weights, captures, ()), expected(spec, x, weights, captures, ())):

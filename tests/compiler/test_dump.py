@@ -79,6 +79,16 @@ def test_dot_quotes_what_graphviz_would_read():
     assert dump._quoted('a "b"\n\\c') == '"a \\"b\\"\\n\\\\c"'
 
 
+def test_what_kernels_are_linked_with_is_shown_once():
+    wide, narrow = torch.nn.Linear(64, 96), torch.nn.Linear(96, 64)
+    with torch.no_grad():
+        report = trace(lambda x: narrow(torch.relu(wide(x))), (torch.randn(40, 64),))
+    assert [k.name.rsplit("_", 1)[0] for k in report.sources] == ["linear", "linear"]
+    text = dump.kernels(report, Options())
+    assert text.count("# ==== cpp, linked with") == text.count("void pack<Source<float>>") == 1
+    assert all(k.name in text.split("linked with ")[1].splitlines()[0] for k in report.sources)
+
+
 def test_kernels_show_the_source_and_what_calls_it(report):
     text = dump.kernels(report, Options())
     assert "# ==== cpp kernel " in text and 'extern "C"' in text

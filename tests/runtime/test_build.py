@@ -57,6 +57,26 @@ def test_units_come_back_in_order_and_the_second_time_from_the_cache(commands):
     assert compile_cpp([]) == []
 
 
+SHARED = 'int shared() {{ return {}; }}'
+USER = 'int shared(); extern "C" int answer() {{ return {} + shared(); }}'
+
+
+def test_units_that_share_a_part_have_it_compiled_once(commands):
+    units = [CppUnit(f"user{n}", USER.format(n), parts=(SHARED.format(40),)) for n in (1, 2)]
+    assert [library.answer() for library in compile_cpp(units)] == [41, 42]
+    assert len(commands) == 1 + 2 * 2
+    assert compile_cpp([CppUnit("user1", USER.format(1), parts=(SHARED.format(50),))])[0].answer() == 51  # another part is another library
+    assert len(commands) == 1 + 2 * 2 + 3
+    build.build(units)
+    assert len(commands) == 1 + 2 * 2 + 3
+
+
+def test_an_error_of_a_part_is_told_by_its_unit():
+    with pytest.raises(BuildError, match="user does not compile") as raised:
+        compile_cpp([CppUnit("user", USER.format(1), parts=("int shared() { return undeclared_thing; }",))])
+    assert "undeclared_thing" in raised.value.stderr
+
+
 def test_units_that_are_built_ahead_are_taken_and_the_rest_is_left(commands, monkeypatch):
     """With two cores one unit at a time is built ahead; the first build takes it, and those that nobody asked for are not begun."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})

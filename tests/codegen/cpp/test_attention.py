@@ -95,7 +95,7 @@ CASES = {
 
 
 def launchers(kernels):
-    libraries = compile_cpp([CppUnit(kernel.name, kernel.source, kernel.link_torch) for kernel in kernels])
+    libraries = compile_cpp([CppUnit.of(kernel) for kernel in kernels])
     return [CppLauncher(library, kernel.entry) for library, kernel in zip(libraries, kernels)]
 
 

@@ -63,7 +63,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def built():
     kernels = [case.kernel() for case in CASES.values()]
-    libraries = compile_cpp([CppUnit(kernel.name, kernel.source, kernel.link_torch) for kernel in kernels])
+    libraries = compile_cpp([CppUnit.of(kernel) for kernel in kernels])
     return {name: CppLauncher(library, kernel.entry) for name, library, kernel in zip(CASES, libraries, kernels)}
 
 
@@ -164,7 +164,7 @@ def test_random_sizes(dims, value_dim, Tq, Tk, heads, seed, dtype):
     torch.manual_seed(seed)
     case = Case(tuple(dims), value_dim, mask="True", dtype=dtype, queries=Tq)
     kernel = case.kernel()
-    [library] = compile_cpp([CppUnit(kernel.name, kernel.source, kernel.link_torch)])
+    [library] = compile_cpp([CppUnit.of(kernel)])
     divisors = [n for n in range(1, heads + 1) if heads % n == 0]
     chosen = [divisors[int(torch.randint(0, len(divisors), ()))] for _ in range(len(dims) + 1)]
     check(CppLauncher(library, kernel.entry), case, *inputs(case, Tq, Tk, 2, heads, chosen[:-1], chosen[-1]))

@@ -92,7 +92,7 @@ def can_run(case):
 def launches():
     cases = {name: case for name, case in CASES.items() if can_run(case)}
     kernels = [case.kernel() for case in cases.values()]
-    libraries = compile_cpp([CppUnit(k.name, k.source, extra_flags=WAYS[case.way] + case.flags) for k, case in zip(kernels, cases.values())])
+    libraries = compile_cpp([CppUnit.of(k, WAYS[case.way] + case.flags) for k, case in zip(kernels, cases.values())])
     return {name: CppLauncher(library, "int8_linear") for name, library in zip(cases, libraries)}
 
 
@@ -136,7 +136,7 @@ def test_sums_are_bitwise_those_of_int64(way):
         pytest.skip(f"this processor has no {_NEEDED[way]}")
     shapes = ((1, 1), (45, 67), (16, 64), (20, 1027))
     kernels = [emit(Spec(), x_dtype=F32, widths=[N], k=K, activation="int8", groups=[1]) for N, K in shapes]
-    libraries = compile_cpp([CppUnit(k.name, k.source, extra_flags=WAYS[way] + ("-O1",) * bool(WAYS[way])) for k in kernels])
+    libraries = compile_cpp([CppUnit.of(k, WAYS[way] + ("-O1",) * bool(WAYS[way])) for k in kernels])
     for (N, K), library in zip(shapes, libraries):
         launch, ones = CppLauncher(library, "int8_linear"), torch.ones(N, 1)
         for M in (0, 1, 2, 6, 40):
@@ -169,7 +169,7 @@ def test_the_longest_sums_fit():
 def test_thresholds_at_the_ends_are_the_other_activations(M):
     K, N = 203, 45
     kernels = {activation: emit(Spec(), x_dtype=F32, widths=[N], k=K, activation=activation, groups=[1]) for activation in ("float", "int8", "mixed")}
-    made = dict(zip(kernels, (CppLauncher(library, "int8_linear") for library in compile_cpp([CppUnit(k.name, k.source) for k in kernels.values()]))))
+    made = dict(zip(kernels, (CppLauncher(library, "int8_linear") for library in compile_cpp([CppUnit.of(k) for k in kernels.values()]))))
     x, (q, s) = torch.randn(M, K), quantized(torch.randn(N, K))
     x[0] = 0
     run = lambda activation, threshold: outputs(made[activation], Spec(), x, [q], [s], [], threshold)[0]  # noqa: E731
@@ -227,7 +227,7 @@ def test_kernels_for_known_rows_and_strides(name):
     for M in sizes:
         tensors = [*(torch.empty(M, n) for n in widths(case.spec(), weights)), torch.empty(M, case.K), *weights, *scales, *case.captured(M)]
         kernels.append(case.kernel(rows=M, unit=[[stride == 1 for stride in t.stride()] for t in tensors]))
-    for M, kernel, library in zip(sizes, kernels, compile_cpp([CppUnit(k.name, k.source, extra_flags=("-O1",)) for k in kernels])):
+    for M, kernel, library in zip(sizes, kernels, compile_cpp([CppUnit.of(k, ("-O1",)) for k in kernels])):
         assert ("few_rows(call);" in kernel.source, "many_rows(call);" in kernel.source) == (M <= most, M > most)
         x = torch.randn(M, case.K)
         if M > 1 and case.K > 1:
@@ -239,7 +239,7 @@ def test_float_activations_are_as_exact_as_the_kernel_of_floats():
     """The error of weight_only against float64, within twice that of tileweld::linear on dequantised float32 weights; rows with massive activations too."""
     K, N = 4096, 64
     kernels = [emit(Spec(), x_dtype=F32, widths=[N], k=K, activation="float", groups=[1]), linear.emit(Spec(), x_dtype=F32, weight_dtypes=[F32], widths=[N], k=K)]
-    ours, floats = [CppLauncher(library, kernel.entry) for library, kernel in zip(compile_cpp([CppUnit(k.name, k.source) for k in kernels]), kernels)]
+    ours, floats = [CppLauncher(library, kernel.entry) for library, kernel in zip(compile_cpp([CppUnit.of(k) for k in kernels]), kernels)]
     q, s = quantized(torch.randn(N, K) / K**0.5)
     for M in (1, 4, 30):
         x, out = torch.randn(M, K), torch.empty(M, N)
