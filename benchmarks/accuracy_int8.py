@@ -39,6 +39,10 @@ INT8_KV = {
     "int8 KV cache, asymmetric": {"asymmetric": True},
     "int8 KV cache, keys by channel": {"keys": "channel"},
     "int8 KV cache, asymmetric, keys by channel": {"asymmetric": True, "keys": "channel"},
+    "int8 KV cache, keys by channel in groups of 64": {"keys": "channel", "group": 64},
+    "int8 KV cache, asymmetric, keys by channel in groups of 64": {"asymmetric": True, "keys": "channel", "group": 64},
+    "int8 KV cache, keys by channel in groups of 32": {"keys": "channel", "group": 32},
+    "int8 KV cache, asymmetric, keys by channel in groups of 32": {"asymmetric": True, "keys": "channel", "group": 32},
 }
 PROMPT = 128
 

@@ -48,6 +48,14 @@ class _KeyLift(Lift):
                 raise Unliftable("a tensor of its own")
         return super()._lift(node, index)
 
+    def cast(self, e, dtype):
+        """Integers of 8 bits, and the sum or difference of two, fit into the significand of a half type."""
+        fits = dtype in (torch.float16, torch.bfloat16) and sc.is_int(e) and len(terms := sympy.Add.make_args(e)) <= 2 and all(self._is_byte(t) or self._is_byte(-t) for t in terms)
+        return e if fits else super().cast(e, dtype)
+
+    def _is_byte(self, e) -> bool:
+        return isinstance(e, sc.load) and any(symbol == e.args[0] and value(node).dtype == torch.int8 for node, symbol in self.captures.items())
+
     def is_dequantised(self, node) -> bool:
         if node not in self.dequantised:
             self.dequantised[node] = _has_int8(node)
