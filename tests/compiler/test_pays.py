@@ -84,3 +84,30 @@ def test_a_measurement_is_of_both():
     before = set(pays._known)
     run(model, x)
     assert all(times == pays._UNSTEADY or min(times) > 0 for key, times in pays._known.items() if key not in before)
+
+
+@pytest.mark.parametrize(("one", "other", "margin", "rounds"), [
+    (1.0, 2.0, pays.MARGIN, 2), (2.0, 1.0, pays.MARGIN, 2),  # far from where the decision turns
+    (1.0, 1.0, pays.MARGIN, pays.ROUNDS), (1.15, 1.0, pays.MARGIN, pays.ROUNDS), (1.15, 1.0, 1.0, 2)])
+def test_what_is_clear_takes_two_rounds_and_what_is_close_all(monkeypatch, one, other, margin, rounds):
+    now, calls = [0.0], []
+    monkeypatch.setattr(pays, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def taking(milliseconds):
+        def call():
+            calls.append(milliseconds)
+            now[0] += 1e-3 * milliseconds
+        return call
+
+    assert pays.timed(taking(one), taking(other), margin) == pytest.approx((1e-3 * one, 1e-3 * other))
+    assert len(calls) == 2 * (1 + rounds)  # the first calls warm up
+
+
+def test_unsteady_rounds_are_not_clear_however_far_apart(monkeypatch):
+    now, n = [0.0], itertools.count()
+
+    def call():
+        now[0] += 1e-3 * 2 ** (next(n) // 2)  # each twice as long as its last
+
+    monkeypatch.setattr(pays, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    assert pays.timed(call, lambda: (call(), call()), pays.MARGIN) == pays._UNSTEADY
