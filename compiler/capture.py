@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from . import log
 from .autocast import make_casts_explicit
+from .fast_paths import PARTS
 from .grad_regions import make_explicit
 from .ir.graph import source_of
 
@@ -49,7 +50,7 @@ def cannot_capture(gm: GraphModule) -> str | None:
 
 
 class _Capturing(torch.fx.Interpreter):
-    """Runs Dynamo's graph; two of its calls mean more to gradients than the ops inside them say, and autocast has to be on where it is on."""
+    """Runs Dynamo's graph; two of its calls mean more to gradients than the ops inside them say, some are models of their own, and autocast has to be on where it is on."""
 
     def run(self, *args):
         self.modes: list[torch.amp.autocast] = []
@@ -65,6 +66,8 @@ class _Capturing(torch.fx.Interpreter):
             return self.modes[-1].__enter__()
         if target is torch.amp.autocast_mode._exit_autocast:
             return self.modes.pop().__exit__(None, None, None)
+        if target in PARTS and (result := PARTS[target](*args, **kwargs)) is not NotImplemented:
+            return result
         if torch.is_grad_enabled():
             if target is torch.ops.higher_order.autograd_function_apply:
                 return _whole(target, args, kwargs)
