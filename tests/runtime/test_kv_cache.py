@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tileweld.compiler.errors import OptionError
 from tileweld.runtime.kv_cache import HEADROOM, channel_range, dequantize_kv, quantize_kv, quantize_kv_asymmetric, rounded
 
-OPTIONS = [{}, {"asymmetric": True}, {"keys": "channel"}, {"asymmetric": True, "keys": "channel"}]
+OPTIONS = [{}, {"asymmetric": True}, {"keys": "channel"}, {"asymmetric": True, "keys": "channel"}, {"keys": "channel", "group": 4}, {"asymmetric": True, "keys": "channel", "group": 5}]
 B, HEADS, KV, LENGTH, D, DV = 2, 4, 2, 24, 16, 8
 
 
@@ -78,6 +78,9 @@ def test_channels_have_the_range_of_the_prompt_and_later_tokens_are_clamped(seed
 def test_other_words_are_refused():
     with pytest.raises(OptionError, match="keys='head'"):
         tileweld.Int8KV(1, 1, 4, 8, keys="head")
+    for wrong in ({"group": 4}, {"keys": "channel", "group": -1}):
+        with pytest.raises(OptionError, match="group="):
+            tileweld.Int8KV(1, 1, 4, 8, **wrong)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -85,7 +88,7 @@ def test_appending_is_quantising_at_once(options):
     """with ranges of channels: once they are set"""
     k, v = torch.randn(B, KV, LENGTH, D), torch.randn(B, KV, LENGTH, DV)
     at_once, appended = (tileweld.Int8KV(B, KV, LENGTH, D, DV, **options) for _ in range(2))
-    if "keys" in options:
+    if "keys" in options and "group" not in options:
         for cache in (at_once, appended):
             cache.update(k[:, :, :12], v[:, :, :12], torch.arange(12))
             assert cache.key_scales.shape == (B, KV, 1, D)
@@ -117,12 +120,12 @@ def test_a_compiled_loop_is_the_eager_one(dtype, options):
         assert (a.float() - b.float()).abs().max() <= 1 if a.dtype == torch.int8 else torch.allclose(a, b, rtol=1e-5, atol=1e-7)
         assert a.dtype != torch.int8 or (a != b).float().mean() < 0.01
     report = tileweld.explain(attend, compiled, q, k, v, positions)
-    (attention,) = [n for n in report.graphs[-1].graph.nodes if n.target is torch.ops.tileweld.attention.default]
+    (attention,) = [n for n in report.graphs[-1].graph.nodes if n.target in (torch.ops.tileweld.attention.default, torch.ops.tileweld.attention_keys.default)]
     assert [a.meta["val"].dtype for a in attention.args[1:3]] == [torch.int8] * 2
     assert any("int8" in source.detail for source in report.sources)
 
 
-@pytest.mark.parametrize(("options", "extra"), [*zip(OPTIONS, [8 * LENGTH, 16 * LENGTH, 4 * LENGTH + 4 * D, 8 * LENGTH + 8 * D])], ids=str)
+@pytest.mark.parametrize(("options", "extra"), [*zip(OPTIONS, [8 * LENGTH, 16 * LENGTH, 4 * LENGTH + 4 * D, 8 * LENGTH + 8 * D, 4 * LENGTH + 4 * D * (6 + 4 + 2), 8 * LENGTH + 8 * D * 5 + 4 * D * (5 + 2)])], ids=str)
 def test_reset_and_bytes(options, extra):
     cache = tileweld.Int8KV(B, KV, LENGTH, D, **options)
     cache.update(torch.randn(B, KV, 3, D), torch.randn(B, KV, 3, D), torch.arange(3))
@@ -131,3 +134,41 @@ def test_reset_and_bytes(options, extra):
     assert not any(x.any() for x in cache.tensors) and not cache.has_range
     cache.update(torch.randn(B, KV, 3, D), torch.randn(B, KV, 3, D), torch.arange(3))
     assert cache.key_scales.any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data(), st.integers(0, 2**31), st.booleans(), st.sampled_from([1, 3, 4, 8, 40]), st.sampled_from([torch.float32, torch.bfloat16]), st.floats(-4, 4), st.floats(-3, 3))
+def test_groups_have_their_own_range_and_the_newest_tokens_are_exact(data, seed, asymmetric, group, dtype, magnitude, centre):
+    k = ((torch.randn(2, KV, LENGTH, D, generator=torch.Generator().manual_seed(seed)) + centre) * 10**magnitude).to(dtype)
+    cache, filled = tileweld.Int8KV(2, KV, LENGTH, D, dtype=dtype, asymmetric=asymmetric, keys="channel", group=group), 0
+    while filled < LENGTH:
+        n = data.draw(st.integers(1, min(LENGTH - filled, 9)))
+        read, _ = cache.update(k[:, :, filled:filled + n], k[:, :, filled:filled + n], torch.arange(filled, filled + n))
+        filled += n
+        old = max(filled - group, 0)
+        assert torch.equal(read[:, :, old:filled], k[:, :, old:filled])
+        assert not cache.keys[:, :, old:].any() or (cache.keys[:, :, filled:] == 0).all()
+        if old:
+            members = (k[:, :, g * group:min((g + 1) * group, filled)].double() for g in range(-(-old // group)))
+            span = torch.stack([(x.amax(2) - x.amin(2)) / 255 if asymmetric else x.abs().amax(2) / 127 for x in members], 2)
+            assert torch.allclose(cache.key_scales[:, :, : span.shape[2]].double(), span, rtol=1e-5, atol=1e-12)
+            error, step = (read[:, :, :old].double() - k[:, :, :old].double()).abs(), span.repeat_interleave(group, 2)[:, :, :old]
+            assert (error <= 0.5 * step + (1e-5 if dtype == torch.float32 else 5e-3) * k[:, :, :old].double().abs() + 1e-4 * step + 1e-5 * k.double().abs().amax()).all()
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("steps", [[LENGTH], [1] * LENGTH, [10, 1, 13]])
+def test_groups_of_zeros_constants_and_of_what_is_not_finite(asymmetric, steps):
+    """Zeros and constants are exact; an inf or a NaN is exact among the newest, and then makes its channel of its group NaN, nothing else."""
+    k = torch.randn(1, 1, LENGTH, D)
+    k[..., 0], k[..., 1], k[0, 0, 5, 2], k[0, 0, 6, 3], k[0, 0, LENGTH - 1, 4] = 0, 2.5, math.inf, math.nan, math.nan
+    cache, start = tileweld.Int8KV(1, 1, LENGTH, D, asymmetric=asymmetric, keys="channel", group=4), 0
+    for n in steps:
+        read, _ = cache.update(k[:, :, start:start + n], k[:, :, start:start + n], torch.arange(start, start + n))
+        start += n
+    assert (read[..., 0] == 0).all() and torch.allclose(read[..., 1], k[..., 1], atol=1e-6 if asymmetric else 1e-6)
+    expected = torch.zeros(LENGTH, D, dtype=torch.bool)
+    expected[4:8, 2:4] = expected[LENGTH - 1, 4] = True
+    assert torch.equal(read[0, 0].isnan(), expected)
+    cache.reset()
+    assert cache.update(torch.ones(1, 1, 6, D), torch.ones(1, 1, 6, D), torch.arange(6))[0][:, :, :6].sub(1).abs().max() < 1e-6
