@@ -38,24 +38,64 @@ def are_there() -> bool:
         return False
 
 
+@functools.cache
+def _can_collapse() -> bool:
+    """Can small pages in use become a large one? Asked with no page at all: an advice that is not known is an error all the same."""
+    return _madvise(0, 0, MADV_COLLAPSE)
+
+
+class _Region(mmap.mmap):
+    """A mapping that tensors fill from its start. It lives as long as one of them, and what a tensor had is not given again before.
+
+    A page is large once tensors fill it; what is behind the last full one lies on small pages until then, so that no memory is resident that nobody has (1.5 MiB of a model in three regions).
+    Where small pages cannot be exchanged (Linux before 6.1), a page is large as soon as a tensor reaches into it.
+    """
+
+    def __new__(cls, size: int) -> _Region:
+        return super().__new__(cls, -1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def __init__(self, size: int):
+        self.madvise(mmap.MADV_NOHUGEPAGE)  # where the administrator has said "always", the end would be large at its first byte
+        start = -ctypes.addressof(ctypes.c_char.from_buffer(self)) % PAGE
+        self.used = self.large = start  # where the tensors end, and the large pages
+        self.end = start + size
+
+    def take(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes] behind the others, at the start of a cache line."""
+        at, self.used = self.used, self.used + -(-nbytes // 64) * 64
+        first = self.large
+        pages = (self.used - first) // PAGE if _can_collapse() else -(-(self.used - first) // PAGE)
+        if pages > 0:
+            self.large += pages * PAGE
+            with contextlib.suppress(OSError):  # no large page is free: small ones do
+                self.madvise(mmap.MADV_HUGEPAGE, first, pages * PAGE)
+                if at > first:  # the end of the tensors before, which is written already
+                    self.madvise(MADV_COLLAPSE, first, PAGE)
+        return torch.frombuffer(self, dtype=torch.uint8, count=nbytes, offset=at)
+
+
 class _Regions:
-    """Memory in regions. A region lives as long as one of its tensors; what a tensor had is not given again before, so that at most two regions hold holes."""
+    """Memory in regions: in the first that has room, so that what is smaller fills the ends of those for which the next tensor was too large."""
 
     def __init__(self):
-        self._lock, self._region, self._used, self._end = threading.Lock(), None, 0, 0
+        self._lock, self._open = threading.Lock(), []
 
     def take(self, nbytes: int) -> Tensor:
         """uint8 [nbytes], at the start of a cache line."""
         with self._lock:
-            region = self._region() if self._region is not None else None
-            if region is None or self._used + nbytes > self._end:
-                size = max(REGION, -(-nbytes // PAGE) * PAGE)
-                region = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-                region.madvise(mmap.MADV_HUGEPAGE)
-                start = -ctypes.addressof(ctypes.c_char.from_buffer(region)) % PAGE
-                self._region, self._used, self._end = weakref.ref(region), start, start + size
-            at, self._used = self._used, self._used + -(-nbytes // 64) * 64
-            return torch.frombuffer(region, dtype=torch.uint8, count=nbytes, offset=at)
+            if nbytes > REGION:  # by itself: a small tensor would hold all of its memory
+                return _Region(-(-nbytes // PAGE) * PAGE).take(nbytes)
+            for region in self.open:
+                if region.used + nbytes <= region.end:
+                    return region.take(nbytes)
+            region = _Region(REGION)
+            self._open = [weakref.ref(r) for r in (*self.open[-7:], region) if r.end - r.used >= LEAST]
+            return region.take(nbytes)
+
+    @property
+    def open(self) -> list[_Region]:
+        """Those with room for others."""
+        return [region for r in self._open if (region := r()) is not None]
 
 
 _regions = _Regions()
@@ -122,7 +162,7 @@ def _collapse(wanted: list[tuple[int, int]]) -> None:
         _madvise(start, end, MADV_COLLAPSE)
 
 
-def _madvise(start: int, end: int, advice: int) -> None:
+def _madvise(start: int, end: int, advice: int) -> bool:
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    madvise(start, end - start, advice)
+    return madvise(start, end - start, advice) == 0

@@ -27,6 +27,31 @@ def large_kib(x) -> int:
     raise AssertionError("no mapping")
 
 
+def region_of(x):
+    """A weak reference to the region that holds x."""
+    for region in gc.get_objects():
+        if type(region) is huge_pages._Region and 0 <= x.data_ptr() - huge_pages.ctypes.addressof(huge_pages.ctypes.c_char.from_buffer(region)) < len(region):
+            return weakref.ref(region)
+    raise AssertionError("in no region")
+
+
+def filled(regions) -> int:
+    return sum(region.used for region in regions.open)
+
+
+def resident_kib(x) -> int:
+    """KiB of the mappings that hold the region of x: its large pages are a mapping of their own for the system."""
+    start = huge_pages.ctypes.addressof(huge_pages.ctypes.c_char.from_buffer(region_of(x)()))
+    end, total, inside = start + len(region_of(x)()), 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in (span := line.split(" ")[0]) and not span.endswith(":"):
+            low, high = (int(part, 16) for part in span.split("-"))
+            inside = start <= low and high <= end
+        elif inside and line.startswith("Rss"):
+            total += int(line.split()[1])
+    return total
+
+
 @pytest.mark.parametrize("x", [torch.randn(300, 200), torch.randint(-9, 9, (3, 70000), dtype=torch.int8), torch.randn(256, 512).t(), torch.randn(2, 64, 300).permute(2, 0, 1).half()], ids=lambda x: f"{x.dtype} {[*x.shape]}")
 def test_an_equal_tensor(x):
     y = settled(x)
@@ -53,11 +78,11 @@ def test_a_region_goes_with_its_tensors(monkeypatch):
     monkeypatch.setattr(huge_pages, "_regions", huge_pages._Regions())
     first, second = empty((LEAST,), torch.uint8), empty((LEAST,), torch.uint8)
     assert second.data_ptr() == first.data_ptr() + LEAST  # one region for both
-    region = huge_pages._regions._region
-    large = empty((REGION + 1,), torch.int8)  # a region of its own
-    assert huge_pages._regions._region() is not region()
-    own = huge_pages._regions._region
-    del large
+    region = region_of(first)
+    large = empty((REGION + 1,), torch.int8)  # a region of its own, which nobody else gets a part of
+    own, third = region_of(large), empty((LEAST,), torch.uint8)
+    assert own() is not region() and third.data_ptr() == second.data_ptr() + LEAST
+    del large, third
     gc.collect()
     assert own() is None and region() is not None
     kept = weakref.ref(first)
@@ -70,6 +95,35 @@ def test_a_region_goes_with_its_tensors(monkeypatch):
     gc.collect()
     assert region() is None
     assert empty((LEAST,), torch.uint8).fill_(1).sum() == LEAST  # the next one makes another
+
+
+@needs_pages
+@pytest.mark.skipif(not huge_pages._can_collapse(), reason="Linux before 6.1 exchanges no pages")
+def test_what_is_full_lies_on_large_pages_and_no_more_is_resident_than_is_used(monkeypatch):
+    monkeypatch.setattr(huge_pages, "_regions", huge_pages._Regions())
+    sizes = [PAGE // 2, PAGE // 8, 3 * PAGE // 2 - 64, PAGE // 8 + 128, 3 * PAGE]
+    tensors = [empty((n,), torch.uint8).fill_(k + 1) for k, n in enumerate(sizes)]
+    assert resident_kib(tensors[0]) * 1024 < sum(sizes) + LEAST  # 5.25 pages: a sixth that is large would have 1.5 MiB of nobody
+    assert large_kib(tensors[0]) == sum(sizes) // PAGE * PAGE // 1024
+    assert all((x == k + 1).all() for k, x in enumerate(tensors))  # the pages were exchanged beneath them
+
+
+@needs_pages
+def test_the_end_of_a_region_is_for_what_fits(monkeypatch):
+    monkeypatch.setattr(huge_pages, "_regions", huge_pages._Regions())
+    first, second = empty((REGION - 3 * LEAST,), torch.uint8), empty((4 * LEAST,), torch.uint8)
+    third, fourth, fifth = (empty((n * LEAST,), torch.uint8) for n in (2, 2, 1))
+    assert region_of(third)() is region_of(fifth)() is region_of(first)() and region_of(fourth)() is region_of(second)() is not region_of(first)()
+    empty((REGION - 5 * LEAST,), torch.uint8)  # a third region, for which the first, which is full, is forgotten
+    assert region_of(first)() not in huge_pages._regions.open and region_of(second)() in huge_pages._regions.open
+
+
+@needs_pages
+def test_where_pages_cannot_be_exchanged_they_are_large_at_their_first_byte(monkeypatch):
+    monkeypatch.setattr(huge_pages, "_regions", huge_pages._Regions())
+    monkeypatch.setattr(huge_pages, "_can_collapse", lambda: False)
+    tensors = [empty((n,), torch.uint8).fill_(1) for n in (PAGE // 2, PAGE)]
+    assert large_kib(tensors[0]) == 2 * PAGE // 1024
 
 
 @needs_pages
@@ -147,10 +201,10 @@ def test_kept_values_and_int8_modules_lie_on_them(monkeypatch):
         expected = model(x)
         by_option = torch.compile(model, backend="tileweld", options={"int8": {"scheme": "weight_only", "force": True}})
         assert (by_option(x) - expected).norm() < 0.02 * expected.norm()
-        assert regions._used >= 2 * 256 * 512
-        used = regions._used
+        assert filled(regions) >= 2 * 256 * 512
+        used = filled(regions)
         convert.quantize_(model, "weight_only")
-        assert regions._used >= used + 2 * 256 * 512 and (model(x) - expected).norm() < 0.02 * expected.norm()
+        assert filled(regions) >= used + 2 * 256 * 512 and (model(x) - expected).norm() < 0.02 * expected.norm()
 
 
 @needs_pages
