@@ -101,15 +101,17 @@ def attention_backward(node: Node, target: str, options: Options) -> Choice:
     floats = [n for n, c in enumerate(captured) if c.dtype.is_floating_point]
     wanted = sorted({floats[u.args[1] - 3] for u in node.users if u.target is operator.getitem and u.args[1] >= 3})
     reason = "options ask for it" if target == "reference" else "float64 has no kernel" if tensors[0].dtype == torch.float64 else ""
-    if wanted and not reason:
-        reason = f"the gradient of the captured {', '.join(f'c{n}' for n in wanted)} is wanted, a sum over scores that no kernel makes"
+    large = [n for n in wanted if not all(isinstance(size, int) for size in captured[n].shape) or captured[n].numel() > MOST_SUMS or captured[n].dtype == torch.float64]
+    if large and not reason:
+        reason = f"the gradient of the captured {', '.join(f'c{n}' for n in large)} is wanted: no kernel sums that many elements, a size that is not known, or float64"
     if len({x.dtype for x in tensors}) > 1 and not reason:
         reason = "q, k, v and the output's gradient have several dtypes"
     if not reason:
         choice = _generated("attention_backward", target, node, [grad, q, k, v, *captures], sizes, (), variant_of(captured, *texts), q_dtype=tensors[0].dtype, capture_dtypes=[c.dtype for c in captured],
-                            capture_ranks=[c.dim() for c in captured], head_dim=int(tensors[0].shape[3]), value_dim=int(tensors[2].shape[3]), num_sizes=len(sizes))
+                            capture_ranks=[c.dim() for c in captured], head_dim=int(tensors[0].shape[3]), value_dim=int(tensors[2].shape[3]), num_sizes=len(sizes), **({"wanted": wanted} if wanted else {}))
         if choice.kernel is not None:
-            choice.outputs = results(node)[:3]
+            made = results(node)
+            choice.outputs = made[:3] + [made[3 + floats.index(n)] for n in wanted]
             return choice
         reason = choice.reason
     return Choice("attention_backward", reason, BLOCKS)
@@ -117,6 +119,7 @@ def attention_backward(node: Node, target: str, options: Options) -> Choice:
 
 #: how attention_backward runs without a kernel: on its definition, which is no loss to warn of
 BLOCKS = "torch:blocks"
+MOST_SUMS = 1 << 16  # elements of a captured tensor whose gradient a kernel sums, about four sums a thread: 1 MiB each
 
 
 def rms_norm(node: Node, target: str, options: Options) -> Choice:

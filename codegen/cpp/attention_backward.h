@@ -166,7 +166,7 @@ static __attribute__((noinline)) int score_tile(const Call& call, Tile& tile, co
 }
 
 // P in place of the scores and dS in place of dP, zeros where a row may not see a key of a block.
-static __attribute__((noinline)) void soften_rows(const Call& call, Tile& tile, int visited, int64_t b, int64_t h, int64_t first, int rows, bool exact) {
+static __attribute__((noinline)) void soften_rows(const Call& call, Tile& tile, const Totals& totals, int visited, int64_t b, int64_t h, int64_t first, int rows, bool exact) {
     const float infinity = std::numeric_limits<float>::infinity();
     const int padded_rows = int(round_up(rows, MR));
     for (int r = 0; r < padded_rows; ++r) {
@@ -200,15 +200,20 @@ static __attribute__((noinline)) void soften_rows(const Call& call, Tile& tile, 
             for (int j = lo; j < end; j += VL) {
                 const Vector p = load_vector(scores + j) * inverse;
                 Vector ds = p * (load_vector(dp + j) - delta);
-                if constexpr (SLOPES) ds *= load_vector(tile.slopes + at + j);
+                if constexpr (SLOPES && !TOTALS) ds *= load_vector(tile.slopes + at + j);
                 store_vector(scores + j, p);
                 store_vector(dp + j, ds);
             }
             for (int j = hi; j < end; ++j) scores[j] = dp[j] = 0.0f;
             if (lo == hi) return;
             if (exact) hide_row(call, dp + lo, b, h, first + r, tile.starts[n] + lo, hi - lo);
+            if constexpr (TOTALS) capture_row(call, dp + lo, b, h, first + r, tile.starts[n] + lo, hi - lo, totals);
+            if constexpr (SLOPES && TOTALS)
+                for (int j = lo; j < hi; ++j) dp[j] *= tile.slopes[at + j];
             value_row(call, scores + lo, b, h, first + r, tile.starts[n] + lo, hi - lo);
         });
+        if constexpr (TOTALS)
+            if (r < rows) capture_sink(call, b, h, first + r, -sink * inverse * delta, totals);
     }
 }
 
@@ -247,7 +252,7 @@ INLINE void write_gradient(Element* to, int64_t stride, const float* from, int w
 }
 
 // The rows [first, first + rows) of a query head: dQ is written, dK and dV are added to.
-static void gradient_tile(const Call& call, Tile& tile, const float* keys, const float* key_rows, const float* values, float* dk, float* dv, int64_t b, int64_t h, int64_t first, int rows) {
+static void gradient_tile(const Call& call, Tile& tile, const Totals& totals, const float* keys, const float* key_rows, const float* values, float* dk, float* dv, int64_t b, int64_t h, int64_t first, int rows) {
     const int padded_rows = int(round_up(rows, MR));
     copy_rows<D, DKP>(call.q + b * call.q_stride[0] + h * call.q_stride[1] + first * call.q_stride[2], call.q_stride, rows, tile.q, SCALE);
     copy_rows<DV, DVP>(call.grad + b * call.grad_stride[0] + h * call.grad_stride[1] + first * call.grad_stride[2], call.grad_stride, rows, tile.dout, 1.0f);
@@ -263,7 +268,7 @@ static void gradient_tile(const Call& call, Tile& tile, const float* keys, const
     for (int r = 0; r < rows; ++r)  // masked keys count, or there is nothing but NaN, which reaches every key
         exact |= (FINITE_FILL && double(tile.top[r]) <= double(FILL) + 104.0) || (!EMPTY_IS_ZERO && tile.top[r] == -std::numeric_limits<float>::infinity());
     if (exact) visited = score_tile(call, tile, keys, values, b, h, first, rows, true);
-    soften_rows(call, tile, visited, b, h, first, rows, exact);
+    soften_rows(call, tile, totals, visited, b, h, first, rows, exact);
     multiply_blocks(call, tile, visited, key_rows, dk, dv, b, h, first, rows, exact);
     for (int r = 0; r < rows; ++r)
         write_gradient(call.dq + b * call.dq_stride[0] + h * call.dq_stride[1] + (first + r) * call.dq_stride[2], call.dq_stride[3], tile.dq + r * DKP, D, DQ_FACTOR);
@@ -296,20 +301,23 @@ static void gradients(const Call& call) {
     // Whole units where threads have enough of them; else parts of units, about four a thread, as far as their sums stay within bounds.
     int64_t splits = threads == 1 || units >= 4 * threads || units % threads == 0 ? 1 : smaller(items, (4 * threads + units - 1) / units);
     while (splits > 1 && units * splits * unit.sums() > MOST_SPLIT_FLOATS) --splits;
-    const int64_t at_once = splits == 1 ? threads : units, unit_size = round_up(unit.packed(), 16), sums_size = round_up(unit.sums(), 16);
-    Workspace workspace(threads * tile_size + at_once * (unit_size + splits * unit.sums()) + 64);
-    float *scratch = workspace.take(threads * tile_size), *packed = workspace.take(at_once * unit_size), *sums = workspace.data;
-    const auto part = [&](Tile& tile, int64_t n, const float* from, float* to, int64_t split) {
+    const int64_t at_once = splits == 1 ? threads : units, unit_size = round_up(unit.packed(), 16);
+    // Sums of captures' gradients for each part of the work, whichever thread does it: neighbouring units, about four parts a thread, or a split.
+    const int64_t parts = splits > 1 ? units * splits : TOTALS ? smaller(units, 4 * threads) : units, totals_size = round_up(totals_of(call), 16);
+    Workspace workspace(threads * tile_size + at_once * (unit_size + splits * unit.sums()) + parts * totals_size + 64);
+    float *scratch = workspace.take(threads * tile_size), *packed = workspace.take(at_once * unit_size), *totals = workspace.take(parts * totals_size), *sums = workspace.data;
+    std::memset(totals, 0, sizeof(float) * size_t(parts * totals_size));
+    const auto part = [&](Tile& tile, int64_t n, const float* from, float* to, int64_t split, int64_t own_totals) {
+        const Totals own(call, totals + own_totals * totals_size);
         const int64_t b = n / per_batch, first_head = n % per_batch * unit.heads;
         std::memset(to, 0, sizeof(float) * size_t(unit.sums()));
         for (int64_t item = split; item < items; item += splits) {
             const int64_t in_unit = item / tiles, first = item % tiles * tile_rows;
             const float* keys = from + in_unit / unit.key_group * (unit.key_size + unit.row_size);
-            gradient_tile(call, tile, keys, keys + unit.key_size, from + unit.keys * (unit.key_size + unit.row_size) + in_unit / unit.value_group * unit.value_size,
+            gradient_tile(call, tile, own, keys, keys + unit.key_size, from + unit.keys * (unit.key_size + unit.row_size) + in_unit / unit.value_group * unit.value_size,
                           to + in_unit / unit.key_group * unit.dk_size, to + unit.keys * unit.dk_size + in_unit / unit.value_group * unit.dv_size, b, first_head + in_unit, first, int(smaller(tile_rows, call.Tq - first)));
         }
     };
-    (void)sums_size;
 #pragma omp parallel num_threads(threads)
     {
         const int64_t thread = omp_get_thread_num();
@@ -317,22 +325,24 @@ static void gradients(const Call& call) {
         if (splits == 1) {
             float *own = packed + thread * unit_size, *own_sums = sums + thread * unit.sums();
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t n = 0; n < units; ++n) {
-                for (int64_t panel = 0; panel < unit.panels; ++panel) pack_panel(call, unit, n / per_batch, n % per_batch * unit.heads, panel, own);
-                part(tile, n, own, own_sums, 0);
-                for (int64_t j = 0; j < call.Tk; ++j) write_key(call, unit, n / per_batch, n % per_batch * unit.heads, j, own_sums, 1);
-            }
+            for (int64_t own_totals = 0; own_totals < parts; ++own_totals)
+                for (int64_t n = own_totals * units / parts; n < (own_totals + 1) * units / parts; ++n) {
+                    for (int64_t panel = 0; panel < unit.panels; ++panel) pack_panel(call, unit, n / per_batch, n % per_batch * unit.heads, panel, own);
+                    part(tile, n, own, own_sums, 0, own_totals);
+                    for (int64_t j = 0; j < call.Tk; ++j) write_key(call, unit, n / per_batch, n % per_batch * unit.heads, j, own_sums, 1);
+                }
         } else {
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < units * unit.panels; ++n)
                 pack_panel(call, unit, n / unit.panels / per_batch, n / unit.panels % per_batch * unit.heads, n % unit.panels, packed + n / unit.panels * unit_size);
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t n = 0; n < units * splits; ++n) part(tile, n / splits, packed + n / splits * unit_size, sums + n * unit.sums(), n % splits);
+            for (int64_t n = 0; n < units * splits; ++n) part(tile, n / splits, packed + n / splits * unit_size, sums + n * unit.sums(), n % splits, n);
 #pragma omp for schedule(static)
             for (int64_t n = 0; n < units * call.Tk; ++n)
                 write_key(call, unit, n / call.Tk / per_batch, n / call.Tk % per_batch * unit.heads, n % call.Tk, sums + n / call.Tk * splits * unit.sums(), int(splits));
         }
     }
+    write_totals(call, totals, totals_size, parts);
 }
 
 INLINE void write_zeros(Element* to, const int64_t* stride, int64_t heads, int64_t rows, int width, int64_t batch) {
@@ -342,11 +352,11 @@ INLINE void write_zeros(Element* to, const int64_t* stride, int64_t heads, int64
 
 extern "C" void attention_backward(void* const* data, const int64_t* ints, const double*) {
     const Call call = read_call(data, ints);
-    if (call.B == 0 || call.H == 0) return;
-    if (call.Tq == 0 || call.Tk == 0) {
+    if (call.B == 0 || call.H == 0 || call.Tq == 0 || call.Tk == 0) {
         write_zeros(call.dq, call.dq_stride, call.H, call.Tq, D, call.B);
         write_zeros(call.dk, call.dk_stride, call.Hk[0], call.Tk, D, call.B);
         write_zeros(call.dv, call.dv_stride, call.Hv, call.Tk, DV, call.B);
+        write_totals(call, nullptr, 0, 0);
     } else {
         gradients(call);
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import types
 
 import sympy
 import torch
@@ -49,7 +50,7 @@ class Captures:
         if k >= len(self.ranks) or len(indices) != self.ranks[k]:
             raise UnsupportedError(f"c{k} is read with {len(indices)} indices and has {self.ranks[k] if k < len(self.ranks) else 'no'} dimensions")
         strides = [f"(unit ? 1 : call.c{k}_stride[{d}])" if along is not None and self.runs(indices, d, along) else f"call.c{k}_stride[{d}]" for d in range(len(indices))]
-        offsets = [f"{self._index(printer, index, f'call.c{k}_size[{d}]', checked)} * {strides[d]}" for d, index in enumerate(indices)]
+        offsets = [f"{self.index(printer, index, f'call.c{k}_size[{d}]', checked)} * {strides[d]}" for d, index in enumerate(indices)]
         return f"call.c{k}[{' + '.join(offsets) or '0'}]"
 
     def call_parts(self, first: int, num_sizes: int, limit: int) -> tuple[list[str], list[str], str]:
@@ -74,7 +75,8 @@ class Captures:
         return list(dict.fromkeys(found))
 
     @staticmethod
-    def _index(printer, index, size, checked):
+    def index(printer, index, size, checked=frozenset()):
+        """Text of an index that is in range."""
         if index in _PLAIN:
             return f"int64_t({printer(index)})"
         if index.is_Integer:
@@ -283,7 +285,7 @@ def sink_source(captures: Captures, sink) -> str:
     return "\n".join([head, *lines, f"    return {text};", "}"]) + "\n"
 
 
-def locals_of(exprs, kind, renamed) -> list[str]:
+def locals_of(exprs, kind="int64_t", renamed=types.MappingProxyType({})) -> list[str]:
     """Definitions of the sizes and positions that occur in the expressions; renamed: position -> the argument that holds it."""
     used = {symbol.name for e in exprs for symbol in e.free_symbols}
     lines = [f"    const {kind} {name} = {kind}({source});" for name, source in renamed.items() if name in used]

@@ -111,8 +111,8 @@ class Variant:
 
     @property
     def is_causal(self) -> bool:
-        """Is the mask exactly the causal one, aligned at the first position?"""
-        return self.mask == "j <= i"
+        """Is the mask exactly the causal one, aligned at the first position, with no weight for what it hides?"""
+        return self.mask == "j <= i" and self.fill == float("-inf")
 
     @functools.cached_property
     def linear_scale(self) -> float | None:

@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tileweld.compiler import backward_pays
+from tileweld.compiler import backward_pays, select
 from tileweld.compiler.backend import tileweld
 from tileweld.compiler.report import Report
 
@@ -62,6 +62,19 @@ def test_the_kernel_runs(name):
 def test_halves(dtype, bound):
     error, runs, _ = gradients(KERNELS["sdpa, grouped heads"], qkv(dtype=dtype))
     assert error < bound and runs.startswith("cpp:")
+
+
+def test_a_learned_bias_has_its_gradient_from_the_kernel():
+    table = torch.randn(32, 4)
+    bias = by_hand(lambda s, t: s + t[(I - J).abs().clamp(max=31)].permute(2, 0, 1), CAUSAL)
+    error, runs, _ = gradients(lambda q, k, v, t: bias(q, k, v, t), [*qkv(), table])
+    assert error < 1e-5 and runs.startswith("cpp:")
+
+
+def test_a_large_learned_bias_is_left_to_the_blocks(monkeypatch):
+    monkeypatch.setattr(select, "MOST_SUMS", 100)
+    error, runs, reason = gradients(lambda q, k, v, t: by_hand(lambda s: s + t)(q, k, v), [*qkv(), torch.randn(4, 40, 40)])
+    assert error < 1e-5 and runs == "torch:blocks" and "c0" in reason and "that many elements" in reason
 
 
 def test_one_kernel_for_every_length():

@@ -152,6 +152,54 @@ def test_memory_is_linear_in_the_keys(built):
     assert 0 < taken[1] < 9 * taken[0] and taken[1] < 4096 * 4096 / 8
 
 
+def _captured():
+    """name -> (variant, captures of B, H, Tq, Tk, sizes, numbers of the captures whose gradients are wanted)"""
+    integers = frozenset
+    return {
+        "t5": (Variant("s + c0[c1[j - i + n0], h]", integer_captures=integers([1])), lambda B, H, Tq, Tk: [torch.randn(32, H), torch.randint(0, 32, (Tq + Tk,))], lambda Tq, Tk: [Tq], [0]),
+        "bias": (Variant("0.25*s + c0[0, h, i, j]", "j <= i + 200"), lambda B, H, Tq, Tk: [torch.randn(1, H, Tq, Tk)], lambda Tq, Tk: [], [0]),
+        "slopes and sink": (Variant("20*tanh(s/20) + c0[h]*(j - i)", "(j <= i + 200) & (c2[b, j] != 0)", -1e9, "c1[h]*2", "nan", integers([2])),
+                            lambda B, H, Tq, Tk: [torch.rand(H) / 10, torch.randn(H), (torch.rand(B, Tk) > 0.3).long()], lambda Tq, Tk: [], [0, 1]),
+        "one of two": (Variant("s*0.25 + c0 + c1[b, i]", "c2[b, j] != 0", -1e9, "", "added", integers([2])), lambda B, H, Tq, Tk: [torch.tensor(0.3), torch.randn(B, Tq).bfloat16(), (torch.rand(B, Tk) > 0.9).long()], lambda Tq, Tk: [], [1]),
+        "an ordinary fill": (Variant("s*0.25 + c0[h]", "j <= i", -3.0), lambda B, H, Tq, Tk: [torch.randn(H)], lambda Tq, Tk: [], [0]),
+    }
+
+
+def test_gradients_of_captures():
+    found = _captured()
+    made = {name: captures(1, 4, 2, 2) for name, (_, captures, _, _) in found.items()}
+    runs = launchers([emit(v, q_dtype=torch.float32, capture_dtypes=[c.dtype for c in made[name]], capture_ranks=[c.dim() for c in made[name]], head_dim=16, value_dim=16, num_sizes=len(sizes(2, 2)), wanted=wanted)
+                      for name, (v, _, sizes, wanted) in found.items()])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for run, (name, (v, captures, sizes, wanted)) in zip(runs, found.items()):
+                for B, Tq, Tk in ((2, 70, 300), (3, 5, 5), (2, 0, 5)):
+                    q, k, values, grad = (torch.randn(B, h, t, 16) for h, t in ((4, Tq), (2, Tk), (2, Tk), (4, Tq)))
+                    captured = captures(B, 4, Tq, Tk)
+                    outs, again = ([torch.full_like(x, 7.0, memory_format=torch.contiguous_format) for x in (q, k, values, *(captured[n] for n in wanted))] for _ in range(2))
+                    for results in (outs, again):
+                        run([*results, grad, q, k, values, *captured], sizes(Tq, Tk))
+                    floats = [n for n, c in enumerate(captured) if c.is_floating_point()]
+                    all_gradients = torch.ops.tileweld.attention_backward(*(x.double() for x in (grad, q, k, values)), [c.double() if c.is_floating_point() else c for c in captured], sizes(Tq, Tk), v.score, v.mask, v.fill, v.sink, v.empty, v.value)
+                    theirs = [*all_gradients[:3], *(all_gradients[3 + floats.index(n)] for n in wanted)]
+                    largest = max([x.abs().max().item() for x in theirs if x.numel()], default=0.0)
+                    for a, b, c in zip(outs, theirs, again):
+                        bound = 2e-5 if a.dtype == torch.float32 else 1e-2
+                        assert torch.equal(a, c)
+                        torch.testing.assert_close(a.double(), b, atol=bound * max(1e-3 * largest, b.abs().max().item() if b.numel() else 0.0), rtol=0, msg=lambda text: f"{name}: {text}")  # noqa: B023
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("score, value, reason", [("s*c0[h]", "", "dot product"), ("tanh(s + c0[h])", "", "dot product"), ("s", "v*c0[h]", "values"), ("s", "v + c0[h]", "values")])
+def test_gradients_of_captures_that_are_refused(score, value, reason):
+    with pytest.raises(UnsupportedError, match=reason):
+        emit(Variant(score, value=value), q_dtype=torch.float32, capture_dtypes=[torch.float32], capture_ranks=[1], head_dim=8, value_dim=8, wanted=[0])
+    emit(Variant(score, value=value), q_dtype=torch.float32, capture_dtypes=[torch.float32], capture_ranks=[1], head_dim=8, value_dim=8)
+
+
 def test_refusals():
     for options in ({"q_dtype": torch.float64}, {"head_dim": 513}, {"value_dim": 0}, {"capture_dtypes": [torch.complex64], "capture_ranks": [1]}):
         with pytest.raises(UnsupportedError):
