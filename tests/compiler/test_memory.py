@@ -41,7 +41,7 @@ torch.set_num_threads(1)
 convert.quantize_(nn.Sequential(nn.Linear(8, 8)))
 give_back()
 before = now("VmRSS")
-model = nn.Sequential(*(nn.Linear(1024, 4096, bias=False) for _ in range(6)))
+model = nn.Sequential(*(nn.Linear(4096, 4096, bias=False) for _ in range(2)))
 built = now("VmRSS") - before
 convert.quantize_(model)
 print("figures", built, now("VmRSS") - before, now("VmHWM") - before)
@@ -50,7 +50,8 @@ print("figures", built, now("VmRSS") - before, now("VmHWM") - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status, which Linux has")
 def test_quantising_gives_the_weights_back_and_has_no_copy_of_one():
-    """96 MiB of float32 in layers of 16: 24 MiB of int8 rows, and on the way one layer's rows and a block of AT_ONCE elements (20 MiB) more than the floats; pages of 2 MiB."""
+    """128 MiB of float32 in layers of 64: 32 MiB of int8 rows, and on the way one layer's rows (16) and a block of AT_ONCE elements (20) more than the floats: 32 to 49 were seen,
+    by what the C library's heap has free where; a copy would be 64 more."""
     out = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout
     built, after, peak = map(float, out.split("figures")[1].split())
-    assert built > 90 and after < 0.35 * built and peak < built + 36
+    assert built > 120 and after < 0.35 * built and peak < built + 72, (built, after, peak)
