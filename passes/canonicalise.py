@@ -9,6 +9,7 @@ builder that returns the new spelling, or None to leave the node), equal pure no
     x.float(), x.type_as(y), _to_copy       ->  aten.to.dtype(x, dtype)
     view, flatten, unflatten, view_as       ->  aten.reshape(x, sizes) (after functionalisation a view need not alias)
     t, mT, transpose, movedim               ->  aten.permute(x, dims)  with dims >= 0, successive ones composed
+    einsum("btd,dhk->bthk", x, weight)      ->  matmul and views       (einsum.py; its sums are a library's too)
     dropout off, to and contiguous that do nothing, full slices, detach without grad  ->  x
 
 Never changes a result: a row is exact in floating point, and a replacement that would have another dtype, shape, or for a graph
@@ -25,6 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..compiler.ir.graph import argument, is_call, is_tensor, value
+from .einsum import as_matmul
 from .functionalise import emit, faking, functionalise, requires_grad, storages, written
 from .merge import drop_dead, is_inactive_dropout, merge_equal, reaching_output
 
@@ -302,6 +304,8 @@ def _(at, node, x, *args):
 def _(at, node, x, dim=0, start=None, end=None, step=1):
     return x if _same(value(node).shape, value(x).shape) and start in (None, 0) and step == 1 else None
 
+
+row(aten.einsum.default)(as_matmul)
 
 _PIECES = (aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default)
 

@@ -3,13 +3,12 @@ from __future__ import annotations
 
 import math
 
-import string
-
 import sympy
 import torch
 from sympy import And, Integer
 
 from . import scalar as sc
+from .einsum import explicit
 from .graph import argument, shape, value
 from .index import clamp_index, wrap_index
 from .lift import POINTWISE, Unliftable, aten, row
@@ -345,24 +344,10 @@ def _baddbmm(lift, node, index):
     return product if sc.equals(beta, 0) else sc.add(product, sc.mul(beta, lift.broadcast(bias, index)))
 
 
-def _explicit(equation, ranks):
-    """An equation with its output written out and with letters for "...", which stands for the leading dims, aligned at the right."""
-    inputs, arrow, output = equation.partition("->")
-    terms = inputs.split(",")
-    if not arrow:
-        letters = inputs.replace(",", "").replace(".", "")
-        output = ("..." if "." in inputs else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    free = [c for c in string.ascii_letters if c not in equation]
-    width = max([rank - len(term) + 3 for term, rank in zip(terms, ranks) if "..." in term], default=0)
-    hidden = "".join(free[:width])
-    terms = [term.replace("...", hidden[len(hidden) - (rank - len(term) + 3):]) if "..." in term else term for term, rank in zip(terms, ranks)]
-    return ",".join(terms) + "->" + output.replace("...", hidden)
-
-
 @row(aten.einsum.default)
 def _einsum(lift, node, index):
     operands = node.args[1]
-    equation = _explicit(node.args[0].replace(" ", ""), [len(shape(x)) for x in operands])
+    equation = explicit(node.args[0].replace(" ", ""), [len(shape(x)) for x in operands])
     if len(operands) != 2 or argument(node, 2, "path") is not None:
         raise Unliftable("an einsum that is no product of two tensors")
     inputs, output = equation.split("->")
