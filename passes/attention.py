@@ -23,7 +23,7 @@ from sympy import Integer, Symbol
 from torch.fx import Graph, Node
 
 from ..compiler.ir import scalar as sc
-from ..compiler.ir.contraction import dot_product, hidden_product, is_parameter, product
+from ..compiler.ir.contraction import MIX_LATER, MIXED, dot_product, hidden_product, is_parameter, mixing_linear, product
 from ..compiler.ir.core import Core, Part, finish
 from ..compiler.ir.graph import argument, is_call, op_name, shape, source_of, value
 from ..compiler.ir.key_text import keys_behind
@@ -32,7 +32,7 @@ from ..compiler.ir.lift import Lift
 from ..compiler.ir.masking import split_where_seen
 from ..compiler.ir.rewrite import Match, NotThePattern, Refusal, Refused
 from ..compiler.ir.roles import Roles, heads_behind, query_dims
-from ..compiler.ir.softmax import Forward, Softmax, between_products, follow, forward_index, log_sums, softmax_at, without_sink
+from ..compiler.ir.softmax import Forward, Softmax, between_products, follow, forward_index, is_made_of_a_product, log_sums, softmax_at, without_sink
 from ..compiler.ir.unliftable import Unliftable
 from ..compiler.ir.weights import why_trained
 
@@ -86,6 +86,8 @@ def _core(softmax: Softmax, forward: Forward, i_dim) -> Core:
     except NotThePattern:
         if forward.problem is None and (node := hidden_product(lift, e)) is not None:
             raise Refused(f"{op_name(node)} between the product of q and k and the softmax has no scalar expression", node) from None
+        if forward.problem is None and (node := mixing_linear(lift, e)) is not None and is_made_of_a_product(node.args[0], is_parameter):
+            raise Refused(MIXED.format("scores", "the softmax"), node, MIX_LATER) from None
         raise
     except Refused:
         if forward.problem:  # no product with v is near
@@ -145,6 +147,8 @@ def _values(lift, softmax, forward, roles, sink):
     for e, at in zip(p_index, position):
         if e == d:
             if at != sc.J:
+                if is_parameter(v_node):
+                    raise Refused(MIXED.format("weights", "v"), contraction, MIX_LATER)
                 raise Refused(f"the softmax runs over dim {softmax.dim} of the scores, the contraction with v sums over another", contraction, f"take the softmax over the key dim ({source_of(softmax.node)})" if source_of(softmax.node) else "")
             known[d] = sc.J
         elif e == 0:

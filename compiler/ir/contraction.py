@@ -19,6 +19,9 @@ from .views import VIEWS
 aten = torch.ops.aten
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.einsum.default)
 
+MIXED = "a product with a parameter mixes the {} of all heads before {} (talking heads)"
+MIX_LATER = "a fused kernel sees one head at a time: mix the heads of q, k, v or of the output instead"
+
 
 def dot_product(lift, e, roles, scores, no_key_text: str = ""):
     """(score expression of s, q, k, the dots it replaces). Several dots (split nope and rope logits) become one of the concatenated q and k. no_key_text: why the op takes no text of keys."""
@@ -30,6 +33,8 @@ def dot_product(lift, e, roles, scores, no_key_text: str = ""):
     for dot, _ in dense:
         e = e.xreplace({dot.symbol: lift.capture(dot.node, dot.index)})
     if not usable:
+        if (mixed := next((dot for dot, _ in dense if _mixes(dot)), None)) is not None:
+            raise Refused(MIXED.format("scores", "the softmax"), mixed.node, MIX_LATER)
         for dot, _ in dense:
             if not any(map(is_parameter, (dot.lhs, dot.rhs))):
                 raise Refused("the dim of the softmax is no position of k: it is not a dim of one operand of the product alone", scores, "take the softmax over the key positions")
@@ -47,6 +52,22 @@ def dot_product(lift, e, roles, scores, no_key_text: str = ""):
         (dot, q, k), = operands
         return rebuilt(e, {dot.symbol: product(lift, q, k)}), [Part(q, dot.d, dot.length)], [Part(k, dot.d, dot.length)], [dot]
     return _joined(e, operands, scores)
+
+
+def _mixes(dot: Dot) -> bool:
+    """A parameter times what is of a query and of a key already: a sum over heads."""
+    return any(is_parameter(weight) and all(any(isinstance(x, sympy.Basic) and x.has(symbol) for x in index) for symbol in (sc.I, sc.J))
+               for weight, index in ((dot.lhs, dot.rhs_index), (dot.rhs, dot.lhs_index)))
+
+
+def mixing_linear(lift, e) -> Node | None:
+    """A linear whose columns are neither queries nor keys, while its rows are both: one over the heads, if its argument are scores."""
+    for node, symbol in lift.captures.items():
+        for element in sc.loads(e) if is_call(node, aten.linear.default) else ():
+            *rows, column = element.args[1:]
+            if element.args[0] == symbol and not column.has(sc.I, sc.J) and all(any(row.has(at) for row in rows) for at in (sc.I, sc.J)):
+                return node
+    return None
 
 
 def hidden_product(lift, e) -> Node | None:

@@ -132,8 +132,13 @@ def follow(softmax: Softmax) -> Forward | None:
             return Forward(chain, None, (f"dropout of {node.args[1]} on the attention weights in training", node, "set the attention dropout to 0; it is not supported yet")) if _reaches(node) else None
         passes = node.target in VIEWS or is_call(node, aten.dropout.default) or is_call(node, *CASTS) and value(node).dtype.is_floating_point
         if not passes:
-            return Forward(chain, None, (f"{op_name(node)} stands between the softmax and v", node, "apply it to the scores or to the output instead")) if _reaches(node) else None
+            return Forward(chain, None, (f"{op_name(node)} stands between the softmax and v", node, "multiply each of the two weights with v, and combine the products" if _combines(node) else "apply it to the scores or to the output instead")) if _reaches(node) else None
         chain.append(node)
+
+
+def _combines(node) -> bool:
+    """A sum or difference, or what scales one of its operands: of two softmaxes (differential attention), or a softmax and another map."""
+    return any(is_call(x, aten.add.Tensor, aten.sub.Tensor) and len({a for a in x.all_input_nodes if is_tensor(a) and shape(a) == shape(x)}) == 2 for x in (node, *node.users))
 
 
 def _escaped(chain, users, softmax) -> Forward | None:
@@ -196,19 +201,25 @@ _ENDS = (aten.linear, aten.layer_norm, aten.embedding, aten.softmax, aten._softm
 def between_products(softmax: Softmax, is_parameter) -> bool:
     """Does a product of two activations lie behind the softmax and one ahead of it, with no linear layer or norm between? Then it is
     attention, in a layout that nothing here can read; a router's softmax has a linear layer behind it."""
-    def meets(node, step) -> bool:
-        seen, front = set(), list(step(node))
-        while front and len(seen) < 200:
-            node = front.pop(0)
-            if node in seen or node.op != "call_function" or is_call(node, *_ENDS):
-                continue
-            seen.add(node)
-            if is_call(node, *CONTRACTIONS):
-                tensors = [a for a in node.all_input_nodes if value(a) is not None]
-                if sum(not is_parameter(a) for a in tensors) >= 2:
-                    return True
-                continue
-            front += step(node)
-        return False
+    return _meets_product(softmax.node, lambda n: list(n.all_input_nodes), is_parameter) and _meets_product(softmax.node, lambda n: list(n.users), is_parameter)
 
-    return meets(softmax.node, lambda n: list(n.all_input_nodes)) and meets(softmax.node, lambda n: list(n.users))
+
+def is_made_of_a_product(node: Node, is_parameter) -> bool:
+    """Is it computed from a product of two activations, with no linear layer or norm between? node: what is read of a linear."""
+    return _meets_product(None, lambda n: [node] if n is None else list(n.all_input_nodes), is_parameter)
+
+
+def _meets_product(node: Node | None, step, is_parameter) -> bool:
+    seen, front = set(), list(step(node))
+    while front and len(seen) < 200:
+        node = front.pop(0)
+        if node in seen or node.op != "call_function" or is_call(node, *_ENDS):
+            continue
+        seen.add(node)
+        if is_call(node, *CONTRACTIONS):
+            tensors = [a for a in node.all_input_nodes if value(a) is not None]
+            if sum(not is_parameter(a) for a in tensors) >= 2:
+                return True
+            continue
+        front += step(node)
+    return False

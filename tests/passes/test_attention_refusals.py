@@ -131,7 +131,29 @@ def logsumexp_of_finite_masks(q, k, v):
     return torch.exp(scores - torch.logsumexp(scores, -1, keepdim=True)) @ v
 
 
+MIX = nn.Parameter(torch.randn(H, H, generator=torch.Generator().manual_seed(0)))
+
+
+def heads_mixed_in_the_scores(q, k, v):
+    return attend(torch.einsum("gh,bhij->bgij", MIX, q @ k.mT), v)
+
+
+def heads_mixed_in_the_weights(q, k, v):
+    return torch.einsum("gh,bhij->bgij", MIX, torch.softmax(q @ k.mT, -1)) @ v
+
+
+def heads_mixed_by_a_linear(q, k, v):
+    return attend(F.linear((q @ k.mT).permute(0, 2, 3, 1), MIX).permute(0, 3, 1, 2), v)
+
+
+def differential(q, k, v):
+    return (torch.softmax(q @ k.mT, -1) - 0.3 * torch.softmax((q * 0.5).tanh() @ k.mT, -1)) @ v
+
+
 REFUSALS = {
+    heads_mixed_in_the_scores: "mixes the scores of all heads before the softmax",
+    heads_mixed_in_the_weights: "mixes the weights of all heads before v",
+    heads_mixed_by_a_linear: "mixes the scores of all heads before the softmax",
     weights_returned: "the attention weights are also used outside the core, by the graph's output",
     weights_averaged: "the attention weights are also used outside the core, by mean",
     weights_used_twice: "the attention weights are also used outside the core, by matmul",
@@ -165,6 +187,14 @@ def test_refused_with_reason_and_line(core, compare):
     assert "test_attention_refusals.py:" in refusal.source and core.__name__ in refusal.source
 
 
+def test_weights_that_are_combined_have_their_own_cure(compare):
+    report = compare(differential, *qkv(), fused=None)
+    assert {r.cure for r in report.refusals if r.rewrite == "attention"} == {"multiply each of the two weights with v, and combine the products"}
+    assert compare(lambda q, k, v: attend(q @ k.mT, v) - 0.3 * attend((q * 0.5).tanh() @ k.mT, v), *qkv(), fused=2)
+    (gate,) = [r for r in compare(gated, *qkv(), refused="mul stands").refusals if r.rewrite == "attention"]
+    assert gate.cure == "apply it to the scores or to the output instead"
+
+
 def test_strict_raises_the_refusal(compare):
     with pytest.raises(Exception, match="attention refused: mul stands between the softmax and v"):
         compare(gated, *qkv(), strict=True)
@@ -186,6 +216,7 @@ OTHERS = {
     "linear_attention": (lambda q, k, v: torch.softmax(q, -1) @ (torch.softmax(k, -2).mT @ v), *(torch.randn(B, T, D) for _ in range(3))),
     "pooling": (lambda x, w: (torch.softmax(F.linear(x, w.T), 1) * x[..., :5]).sum(1), torch.randn(B, T, D), nn.Parameter(torch.randn(D, 5))),
     "expected_value": (lambda x, w: torch.softmax(F.linear(x, w.T), -1) @ torch.arange(5.0), torch.randn(B, T, D), nn.Parameter(torch.randn(D, 5))),
+    "linear_of_pairs": (lambda z, w, v: torch.softmax(F.linear(z, w).permute(0, 3, 1, 2), -1) @ v, torch.randn(B, T, S, 3), nn.Parameter(torch.randn(H, 3)), torch.randn(B, H, S, D)),
     "entropy": (lambda x: -(torch.softmax(x, -1) * torch.log_softmax(x, -1)).sum(-1), torch.randn(B, D)),
 }
 
