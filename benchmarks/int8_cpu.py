@@ -3,7 +3,7 @@
 Contenders take turns in one process; medians. Few rows: as many weights in turn as leave the caches empty, GB/s of weights, beside a loop that only reads the same memory
 (the floor) and tileweld's kernel of float32 weights. Many rows: GOPS, beside F.linear in float32, tileweld's kernel of it, and the bare int32 product of torch._int_mm, which neither
 quantises nor scales. "products alone": tileweld's packing and micro-kernels, and torch's brgemm u8s8 with weights that were packed before, both into a tile that stays in the cache; the
-best of brgemm's sizes of blocks. torchao where it is installed. On a machine that others use too, run with OMP_NUM_THREADS=1 and --clock cpu: the processor time of the calling thread.
+best of brgemm's sizes of blocks. "gated MLP": a norm, gate and up, down with a residual, where gate and up take the row maxima that down rounds by, and where down finds them. torchao where it is installed. On a machine that others use too, run with OMP_NUM_THREADS=1 and --clock cpu: the processor time of the calling thread.
 """
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from tileweld.runtime.launch import CppLauncher
 F32 = torch.float32
 CASES = {**{f"decode {M} x {K} -> {N}": (M, K, N) for M, K, N in ((1, 1024, 4096), (1, 4096, 1024), (1, 576, 1536), (1, 2048, 2048), (4, 1024, 4096), (8, 1024, 4096))},
          **{f"prefill {M} x {K} -> {N}": (M, K, N) for M, K, N in ((32, 1024, 4096), (64, 1024, 4096), (512, 576, 1536), (1024, 768, 4096), (1024, 2048, 768), (1024, 2048, 2048))}}
+PAIRS = {f"gated MLP {M} x {K} -> {N} -> {K}": (M, K, N) for M, K, N in ((1, 768, 2048), (16, 768, 2048), (1024, 768, 2048))}
 #: behind the source of a kernel for many rows: its packing and products, without what comes before and after. `kept`: sums of all rows and columns; else one tile
 PRODUCTS = """
 extern "C" void products(const int8_t* q, const int8_t* t, int32_t* sums, int64_t rows, int64_t columns, bool kept) {
@@ -162,6 +163,32 @@ def run(name: str, rounds: int, clock, read_all) -> list[dict]:
     return rows
 
 
+def run_pair(name: str, rounds: int, clock) -> list[dict]:
+    """The two products of a gated MLP, the second of which is given its row maxima or finds them: other kernels, the same results."""
+    M, K, N = PAIRS[name]
+    x, weight, made = torch.randn(M, K), torch.ones(K), {}
+    gate, up, down = (quantized(torch.randn(n, k) / k**0.5) for n, k in ((N, K), (N, K), (K, N)))
+    h, out, top = torch.empty(M, N), torch.empty(M, K), torch.empty(M)
+    known = dict(x_dtype=F32, capture_dtypes=[F32], activation="int8", rows=M)
+    for label, taken in (("row maxima passed on", True), ("found by down", False)):
+        first = int8_linear.emit(Spec("rms", "x*r*c0[j]", ("a0*sigmoid(a0)*a1",)), capture_ranks=[1], widths=[N, N], k=K, groups=[1, 1], maxima=[0] * taken, unit=[[False, True]] * 4 + [[True, True]] * 2 + [[True]], **known)
+        second = int8_linear.emit(Spec("", "x", ("a0 + c0[i, j]",)), capture_ranks=[2], widths=[K], k=N, groups=[1], has_row_max=taken, unit=[[False, True]] * 3 + [[True, True], [False, True]], **known)
+        tops, flag = [top] * taken, (1.0,) * taken
+
+        def call(launches=(launcher(first), launcher(second)), tops=tops, flag=flag):
+            launches[0]([h, *tops, x, gate[0], up[0], gate[1], up[1], weight], (), (EPS, 6.0, *flag))
+            launches[1]([out, h, *down, x, *tops], (), (EPS, 6.0, *flag))
+
+        out.fill_(0)
+        call()
+        made[label] = call, out.clone()
+    assert torch.equal(*(result for _, result in made.values()))
+    repeat = max(1, 1024 // M // 8)
+    taken = measure({label: lambda call=call: [call() for _ in range(repeat)] for label, (call, _) in made.items()}, rounds, clock)
+    rows = [{"case": name, "contender": label, "us": seconds / repeat * 1e6, "GOPS": 6 * M * N * K * repeat / seconds / 1e9} for label, seconds in taken.items()]
+    return [row | {"of found by down": row["us"] / rows[-1]["us"]} for row in rows]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", nargs="?", default="", help="cases whose name contains this")
@@ -174,6 +201,12 @@ def main():
     read_all = compile_cpp([CppUnit("read_all", READ)])[0].read_all
     read_all.argtypes, read_all.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_float
     about = machine()
+    for name in PAIRS:
+        if arguments.case in name:
+            rows = run_pair(name, arguments.rounds, time.thread_time if arguments.clock == "cpu" else time.perf_counter)
+            show(f"{name}, {torch.get_num_threads()} threads, {arguments.clock} clock", rows, ["contender", "us", "GOPS", "of found by down"])
+            if arguments.store:
+                store("int8_cpu.json", {name: {"machine": about, "clock": arguments.clock, "rows": rows}})
     for name in CASES:
         if arguments.case in name:
             rows = run(name, arguments.rounds, time.thread_time if arguments.clock == "cpu" else time.perf_counter, read_all)
