@@ -22,13 +22,12 @@ INLINE void pack_part(const KeyElement* from, const int64_t* stride, int64_t Tk,
 // the same of keys that are a text of what is stored
 static void pack_taken(const Call& call, const KeyElement* from, int64_t b, int64_t h, int64_t panel, float* __restrict to) {
     constexpr int padded = int(round_up(D, VL));
-    const int64_t* stride = call.k_stride[0];
     float taken[VL * padded];
     for (int key = 0; key < PANEL; key += VL) {
         const int64_t first = panel * PANEL + key;
-        for (int n = 0; n < VL; ++n)
-            for (int d = 0; d < padded; d += VL) store_vector(taken + n * padded + d, first + n < call.stored_keys ? gather_vector(from + (first + n) * stride[2] + d * stride[3], stride[3], D - d) : Vector{});
-        if (first < call.Tk) take_keys(call, taken, padded, b, h, first, int(smaller(VL, call.Tk - first)));
+        const int count = int(first < call.Tk ? smaller(VL, call.Tk - first) : 0), stored = int(first < call.stored_keys ? smaller(count, call.stored_keys - first) : 0);
+        std::memset(taken + count * padded, 0, sizeof(float) * size_t(VL - count) * padded);
+        take_keys(call, from + first * call.k_stride[0][2], stored, taken, padded, b, h, first, count);
         for (int d0 = 0; d0 < padded; d0 += VL) {
             Vector rows[VL];
 #pragma GCC unroll 16

@@ -163,11 +163,11 @@ static __attribute__((noinline)) void add_values(const float* p, const float* va
     for (; r < rows; r += R, next.at = nullptr) value_rows<R, VL == 16 ? 4 : 2>(p + r * CHUNK, values, stride, count, sums + r * DVP, next);
 }
 
-// `count` rows of `width` in fp32, in place where they already are and nothing writes to them: returns where they lie, and their stride; else copied to rows of `row`
-template <int width, bool writes = false, class Stored>
+// `count` rows of `width` in fp32, in place where they already are: returns where they lie, and their stride; else copied to rows of `row`
+template <int width, class Stored>
 INLINE const float* stage_rows(const Stored* from, const int64_t* stride, int count, float* to, int64_t row, int64_t* row_stride) {
     constexpr int padded = int(round_up(width, VL));
-    if constexpr (!writes && std::is_same_v<Stored, float> && width == padded)
+    if constexpr (std::is_same_v<Stored, float> && width == padded)
         if (stride[3] == 1) {
             *row_stride = stride[2];
             return reinterpret_cast<const float*>(from);

@@ -11,9 +11,7 @@ struct Group {
 INLINE void stage_taken_keys(const Call& call, const KeyElement* from, int64_t b, int64_t h, int64_t j, int count, float* staged, KeyRows& rows) {
     const int stored = int(j >= call.stored_keys ? 0 : smaller(count, call.stored_keys - j));
     rows.at[0] = staged, rows.stride[0] = DP;
-    stage_rows<D, true>(from + j * call.k_stride[0][2], call.k_stride[0], stored, staged, DP, &rows.stride[0]);
-    std::memset(staged + stored * DP, 0, sizeof(float) * size_t(count - stored) * DP);
-    take_keys(call, staged, DP, b, h, j, count);
+    take_keys(call, from + j * call.k_stride[0][2], stored, staged, DP, b, h, j, count);
 }
 template <size_t... part>
 INLINE void stage_keys(const KeyElement* const* keys, const int64_t* const* strides, int64_t j, int count, float* staged, KeyRows& rows, std::index_sequence<part...>) {

@@ -32,7 +32,7 @@ def logits(run, cache, ids, steps):
     return torch.cat(outs, 1)
 
 
-OPTIONS = [{}, {"asymmetric": True}, {"keys": "channel"}, {"asymmetric": True, "keys": "channel"}]
+OPTIONS = [{}, {"asymmetric": True}, {"keys": "channel"}, {"asymmetric": True, "keys": "channel"}, {"keys": "channel", "group": 4}, {"asymmetric": True, "keys": "channel", "group": 4}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -54,21 +54,23 @@ def test_compiled_it_is_never_dequantised(llama, attention, options):
     caches = [tileweld.Int8Cache(llama.config, LENGTH, **options) for _ in range(2)]
     eager, ours = (logits(run, cache, ids, [8, 1, 1]) for run, cache in zip((llama, compiled), caches))
     torch.testing.assert_close(ours, eager, atol=2e-5, rtol=1e-4)
-    read = [n.args[1:3] for n in report.graphs[-1].graph.nodes if n.target is torch.ops.tileweld.attention.default]
+    ops = torch.ops.tileweld
+    read = [n.args[1:3] for n in report.graphs[-1].graph.nodes if n.target is (ops.attention_keys.default if "group" in options else ops.attention.default)]
     assert len(report.graphs) == 2 and len(read) == 2 and all(x.meta["val"].dtype == torch.int8 for pair in read for x in pair)
     llama.set_attn_implementation("sdpa")
 
 
-def test_generate(llama):
+@pytest.mark.parametrize("kind", [{}, {"keys": "channel", "group": 4}], ids=str)
+def test_generate(llama, kind):
     """Greedy, beams (the cache is reordered) and a second use after reset."""
     ids = torch.randint(1, 128, (1, 6))
-    cache = tileweld.Int8Cache(llama.config, LENGTH)
+    cache = tileweld.Int8Cache(llama.config, LENGTH, **kind)
     options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None, disable_compile=True)
     first = llama.generate(ids, past_key_values=cache, **options)
-    assert first.shape == (1, 14) and cache.bytes == 2 * 2 * 2 * LENGTH * (16 + 4)
+    assert first.shape == (1, 14) and (kind or cache.bytes == 2 * 2 * 2 * LENGTH * (16 + 4))
     cache.reset()
     assert torch.equal(llama.generate(ids, past_key_values=cache, **options), first)
-    beams = llama.generate(ids, past_key_values=tileweld.Int8Cache(llama.config, LENGTH), num_beams=3, **options)
+    beams = llama.generate(ids, past_key_values=tileweld.Int8Cache(llama.config, LENGTH, **kind), num_beams=3, **options)
     assert beams.shape == (1, 14)
 
 

@@ -49,6 +49,10 @@ CASES = {
     "scores of tokens, a sink": (GROUPS, {"score": "0.25*(s*c1[b, floordiv(h, 2), j])", "sink": "0.5"}, lambda B, Hk, Tk, D: [groups(B, Hk, Tk, D)[0], torch.rand(B, Hk, Tk)], F32, I8, I8, (16, 16)),
     "every element": ("k*c0[b, h, j, d]", {}, lambda B, Hk, Tk, D: [torch.rand(B, Hk, Tk, D) / 60], F32, I8, I8, (64, 64)),
     "float keys": ("tanh(k)*c0[d] - 0.5*d/64 + 0.01*j", {}, lambda B, Hk, Tk, D: [torch.rand(D)], F32, F32, F32, (64, 64)),
+    "channels alone": ("k*c0[b, h, d] - c1[b, h, d]/2", {}, lambda B, Hk, Tk, D: [torch.rand(B, Hk, D) / 60, torch.randn(B, Hk, D)], F32, I8, I8, (64, 64)),
+    "every second position elsewhere": ("where(mod(j, 2) == 0, k*c0[b, h, floordiv(j, 32), d], c1[b, h, floordiv(j, 32), d])", {}, groups, F32, I8, I8, (64, 64)),
+    "three parts, two sizes of groups": ("where(j < 45, where(j > 7, k*c0[b, h, floordiv(j, 32), d], k*c1[b, h, floordiv(j, 48), d]*c0[b, h, floordiv(j, 32), d]), c1[b, h, floordiv(j, 32), d])", {}, groups, F32, I8, I8, (64, 64)),
+    "a number of each position": ("k*c0[b, h, floordiv(j, 32), d] + 0.01*c1[b, h, j]", {}, lambda B, Hk, Tk, D: [groups(B, Hk, Tk, D)[0], torch.randn(B, Hk, Tk)], F32, I8, I8, (64, 64)),
     "positions alone": ("0.01*k + 0.001*j", {}, lambda *n: [], F32, I8, I8, (64, 64)),
 }
 
