@@ -258,13 +258,15 @@ def resident(how: str, path: str) -> dict:
         model = llama_gqa.build(**DECODE)
     if how == "weight_only":
         convert.quantize_(model, "weight_only")
-        convert.save_quantized(model, path)
     elif how == "loaded":
         convert.load_quantized(model, path)
     with torch.no_grad():
         torch.compile(model, backend="tileweld")(token)
     parameters = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / 2**20
-    return {"what": how, "resident MiB": now() - before, "peak MiB": now("VmHWM") - before, "tensors MiB": parameters, "version": _tileweld.__version__}
+    row = {"what": how, "resident MiB": now() - before, "peak MiB": now("VmHWM") - before, "tensors MiB": parameters, "version": _tileweld.__version__}
+    if how == "weight_only":  # for the next row; behind the measurement, since float32 saves nothing either: safetensors and its library's pages are 1.2 MiB
+        convert.save_quantized(model, path)
+    return row
 
 
 def case_memory() -> dict:

@@ -67,6 +67,7 @@ def _compile(gm: GraphModule, example_inputs, options, mode, report: Report, bui
     before, guards, executables = report.mark(), guard_count(), []
 
     def finish(graph: GraphModule, is_backward: bool):
+        gc.collect(0)  # what capture, passes and AOT left in cycles, before lowering makes as many objects again: Python gives back no memory that a few lasting objects are spread over
         if keep:
             report.aot.append(AotGraph(_copy(graph), is_backward, number))
         executables.append(lower(graph, checked, report, number, cuda_graphs=mode in GRAPH_MODES and not is_backward) if build else graph.forward)
@@ -121,7 +122,8 @@ def rewrite(gm: GraphModule, example_inputs, options: Options, report: Report, s
         return gm
     captured = capture(gm, example_inputs)
     label_inputs(gm, captured)
-    report.captured.append(_copy(captured))
+    if report.detailed:
+        report.captured.append(_copy(captured))
     with as_it_will_run(captured):
         rewritten = run(captured, passes.PIPELINE, options, report, settled)
     if report.detailed and options.int8 is not None:

@@ -27,7 +27,7 @@ class Constant:
         if self._value is None:
             with self._lock, torch.inference_mode(False), torch.no_grad():
                 if self._value is None:
-                    self._value = self._gm()
+                    self._value, self._gm = self._gm(), None  # a graph and the fake tensors at its nodes: 40 KB, a dozen a decoder
         return self._value
 
     def __deepcopy__(self, memo) -> Constant:  # a copied graph is shown or run with the same value
