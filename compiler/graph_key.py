@@ -50,7 +50,7 @@ def key_of(gm: GraphModule, example_inputs, options, mode) -> str:
         raise NotKept("options that are no JSON") from None
     inputs = _inputs(gm, example_inputs)
     return cache.entry_key("executable 1", graph_text(gm), inputs=inputs, options=asked, state=_state(), sources=_sources(), torch=[torch.__file__, str(torch.version.git_version)],
-                           sympy=sympy.__version__, compiler=os.environ.get("CXX", ""))
+                           sympy=sympy.__version__, compiler=os.environ.get("CXX", ""), brgemm=os.environ.get("TILEWELD_BRGEMM", ""))
 
 
 def graph_text(gm: GraphModule) -> str:

@@ -25,6 +25,7 @@ from .constants import fold_constants
 from .degrade import degrade
 from .errors import BuildError, CompilerNotFound, TileweldError, UnsupportedError
 from .folded import Folded, fold_weights
+from .int8_brgemm import choose_products
 from .int8_choice import replaceable, to_floats, uses
 from .ir.graph import is_tensor, source_of, value
 from .ir.lowered import Launch
@@ -77,6 +78,7 @@ def settle(gm: GraphModule, options: Options, report: Report, number: int, timed
     while True:  # at most four times: int8, the float op in its place, its parts; pairs that share row maxima parted
         wanted = {c.kernel.source: c for c in choices if c.kernel is not None and (build_all or c.node is not None and c.node.name in allowed)}
         launchers |= _build({source: c for source, c in wanted.items() if source not in launchers}, options, report)
+        choose_products(choices, launchers)
         found = losers([c for c in choices if c.op in timed and (c.op != "int8_linear" or c.node.name in allowed)], launchers) | (slower_backwards(choices, launchers) if build_all else {})
         if not found and not (pairs := slower(choices, launchers)):
             break

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.fx import Node
 
+from ..runtime import brgemm
 from .errors import UnsupportedError
 from .ir import attention_keys as _attention_keys_op  # noqa: F401 (registers the op)
 from .ir import attention_lse as _attention_lse_op  # noqa: F401 (registers the op)
@@ -161,13 +162,14 @@ def int8_linear(node: Node, target: str, options: Options) -> Choice:
     inputs, known = [x, *weights, *scales, *captures, *([columns] if columns is not None else [])], {}
     if target == "cpp":
         rows, tensors = tensor.shape[0], [*value(node)[:len(epilogues)], *(value(n) for n in inputs)]
-        known = {"rows": rows if isinstance(rows, int) else None, "unit": [[isinstance(stride, int) and stride == 1 for stride in t.stride()] for t in tensors]}
+        known = {"brgemm": brgemm.is_wanted(), "rows": rows if isinstance(rows, int) else None, "unit": [[isinstance(stride, int) and stride == 1 for stride in t.stride()] for t in tensors]}
     has_row_max = row_max is not None
     choice = _generated("int8_linear", target, node, [*inputs, *([row_max] if has_row_max else [])], sizes, (eps, threshold, *[1.0] * (has_row_max or bool(maxima))), spec_of(captured, norm, prologue, epilogues, pairs), x_dtype=tensor.dtype,
                         capture_dtypes=[c.dtype for c in captured], capture_ranks=[c.dim() for c in captured], widths=[int(w.shape[0]) for w in matrices], k=int(tensor.shape[1]), num_sizes=len(sizes),
                         activation=activation, groups=[int(s.shape[1]) for s in steps], has_columns=columns is not None, maxima=list(maxima), has_row_max=has_row_max, **known)
     if choice.kernel is not None:
         choice.outputs = results(node)
+        choice.ints += (1,) * choice.kernel.link_torch  # brgemm or not, see int8_brgemm.py
     return choice
 
 

@@ -42,6 +42,15 @@ INLINE IntVector dot4(IntVector sum, IntVector w, IntVector t) {
     return sum + (pairs << 16 >> 16) + (pairs >> 16);
 #endif
 }
+// The same where t is unsigned, t + 128, and w as it is (int8_brgemm.h).
+INLINE IntVector dot4_raised(IntVector sum, IntVector t, IntVector w) {
+#if defined(TILEWELD_VNNI)
+    return dot4(sum, t, w);
+#else
+    for (int shift = 0; shift < 32; shift += 8) sum += (t >> shift & 0xff) * (w << (24 - shift) >> 24);
+    return sum;
+#endif
+}
 // What dot4 adds to a sum over k too much, from the sum of t.
 constexpr int32_t excess(int32_t sum_of_t) {
 #if defined(TILEWELD_VNNI)

@@ -9,12 +9,15 @@ constexpr int64_t LANES_ROW = LANES_USED + (LANES_USED % 256 == 0 ? GRAIN : 0); 
 constexpr int64_t MARKS = MIXED ? round_up(K / 4 + VL, GRAIN) : 0;  // floats that hold a byte for every column
 constexpr int64_t LANES_BUFFER = Y_ROW + MARKS;
 constexpr int64_t SHARED = MIXED ? round_up(1 + K, GRAIN) + MARKS : 0;  // the list of outliers, their marks
-constexpr int64_t OUTER = MIXED ? K : 0;
+constexpr int64_t EXCESS_AT = MIXED ? K : 0, OUTER = EXCESS_AT + BRGEMM;  // the outliers of a strip's weights, and what its columns' sums have too much
 // Columns of a strip, at most: wide enough for results and captures to come in runs, since a page is entered for each of its rows. With strips of 32, a
 // projection of 1024 x 768 -> 768 with a residual took 5.1 ms, of which 2.0 waited for the residual; with 64, 128 and 256 3.9, 3.8 and 3.9.
 constexpr int64_t STRIP = 128;
 
-INLINE Vector add_product(Vector sum, Vector t, Vector w) { return bit_cast<Vector>(dot4(bit_cast<IntVector>(sum), bit_cast<IntVector>(w), bit_cast<IntVector>(t))); }
+INLINE Vector add_product(Vector sum, Vector t, Vector w) {
+    const IntVector total = bit_cast<IntVector>(sum), x = bit_cast<IntVector>(t), y = bit_cast<IntVector>(w);
+    return bit_cast<Vector>(BRGEMM ? dot4_raised(total, x, y) : dot4(total, y, x));
+}
 INLINE bool is_x_ready(const Call&) { return false; }
 INLINE const float* ready_lanes(const Call&, int64_t) { return nullptr; }
 
@@ -23,7 +26,10 @@ struct Source {
     int64_t row;
     bool by_columns() const { return false; }
     const int8_t* at(int64_t n, int64_t k) const { return q + n * row + k; }
-    __attribute__((always_inline)) Vector along(int64_t n, int64_t k, int64_t left) const { return bit_cast<Vector>(as_factors(load_bytes(q + n * row + k, left))); }
+    __attribute__((always_inline)) Vector along(int64_t n, int64_t k, int64_t left) const {
+        const IntVector bytes = load_bytes(q + n * row + k, left);
+        return bit_cast<Vector>(BRGEMM ? bytes : as_factors(bytes));
+    }
     Vector across(int64_t, int64_t, int64_t, int) const { return Vector{}; }
 };
 template <class F>
@@ -59,6 +65,8 @@ static void begin_call(const Call& call, float* shared, float* floats) {
 INLINE void make_lanes(const Call& call, int64_t i, float* to, float* shared, float* floats) {
     const float* y = row_of(call, i, floats);
     const Step step = quantise(y, MIXED ? marks_of(shared) : nullptr, reinterpret_cast<int8_t*>(to), 4 * LANES, known_magnitude(call, i));
+    if constexpr (BRGEMM)  // to t + 128, also where all t are zero
+        for (int64_t k = 0; k < LANES; k += VL) store_vector(to + k, bit_cast<Vector>(bit_cast<BitVector>(load_vector(to + k)) ^ 0x80808080u));
     std::memcpy(to + STEP_AT, &step, sizeof(step));
     if constexpr (MIXED) {
         const int32_t* outliers = outliers_of(shared);
@@ -91,7 +99,8 @@ INLINE void settle_columns(const Step& step, const float* outlier, int32_t count
         for (int v = 0; v < V; ++v) others[v] += load_vector(outer + n * row + v * VL) * outlier[n];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-        const BitVector total = bit_cast<BitVector>(load_vector(sums + v * VL)) - uint32_t(step.excess);
+        const BitVector excess = BRGEMM ? bit_cast<BitVector>(load_vector(outer + EXCESS_AT * row + v * VL)) : BitVector{} + uint32_t(step.excess);
+        const BitVector total = bit_cast<BitVector>(load_vector(sums + v * VL)) - excess;
         store_vector(sums + v * VL, (__builtin_convertvector(bit_cast<IntVector>(total), Vector) * step.step + others[v]) * scales_of(scales, first + v * VL, width - v * VL));
     }
 }

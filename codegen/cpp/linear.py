@@ -41,7 +41,7 @@ def emit(spec: Spec, *, x_dtype: torch.dtype, weight_dtypes: Sequence[torch.dtyp
     is_few, is_many = (rows is None or rows <= few(k)) and "apart" not in lies, rows is None or rows > few(k) or bool(lies & {"apart", None})
     halves = {x_dtype, *weight_dtypes} == {torch.bfloat16}
     ways = ways_source(is_few, is_many, [steps_source(rows), text("linear_dots.h"), text("linear_few_rows.h"), text("linear_few_columns.h"), text("linear_few.h")],
-                       [*_lanes(halves), LINKED, text("linear_panels.h"), text("linear_lane_rows.h"), text("linear_source_of.h"), text("linear_settled.h"), text("linear_many.h")], few(k), "linear", maxima=maxima)
+                       [*_lanes(halves), LINKED, text("linear_panels.h"), text("linear_lane_rows.h"), text("linear_source_of.h"), text("linear_settled.h"), text("linear_own_products.h"), text("linear_many.h")], few(k), "linear", maxima=maxima)
     source, detail = unit_source(spec, found, title="tileweld linear: out_o[i, j] = epilogue_o(a0, a1, ...), a_w = prologue(x) w^T", x_dtype=x_dtype, weight_dtypes=weight_dtypes,
                                  captures=Captures(tuple(capture_dtypes), tuple(capture_ranks)), widths=widths, k=k, num_sizes=num_sizes, unit=unit, lies=lies, ways=ways, maxima=maxima)
     return Kernel("linear", "cpp", source, "linear", rewrite="linear", detail=detail, parts=(micro_kernels(weight_dtypes, halves, lies),) if is_many else ())

@@ -72,11 +72,11 @@ def groups(spec: Spec, widths: Sequence[int]) -> list[Group]:
 
 def unit_source(spec: Spec, found: Sequence[Group], *, title: str, x_dtype: torch.dtype, weight_dtypes: Sequence[torch.dtype], captures: Captures, widths: Sequence[int], k: int, num_sizes: int,
                 unit: Sequence[Sequence[bool]] | None, lies: set, ways: Sequence[str], variant: str = "", scales: bool = False, has_columns: bool = False,
-                maxima: Sequence[int] = (), has_row_max: bool = False) -> tuple[str, str]:
+                maxima: Sequence[int] = (), has_row_max: bool = False, brgemm: bool = False) -> tuple[str, str]:
     """(source, detail) of a unit: this spec's part, then `ways`, the headers that multiply, and the entry.
 
     title: the first line's, with what a_w is. lies: how weights may lie, among "rows", "columns", "apart", None for any. variant: constants that the
-    ways read. scales, has_columns, maxima, has_row_max: see `call_source`; unit has nothing for those two; the others as in `linear.emit`.
+    ways read. scales, has_columns, maxima, has_row_max, brgemm: see `call_source`; unit has nothing for maxima and row_max; the others as in `linear.emit`.
     """
     if any(not 0 <= o < len(spec.epilogues) for o in maxima):
         raise UnsupportedError(f"maxima of the outputs {list(maxima)}, there are {len(spec.epilogues)}")
@@ -97,7 +97,7 @@ def unit_source(spec: Spec, found: Sequence[Group], *, title: str, x_dtype: torc
         *([variant] if variant else []),
         text("linear_call.h"),
         groups_source(found),
-        call_source(captures, num_sizes, outputs, weight_dtypes, loops.unit_source(), scales, has_columns, len(maxima), has_row_max),
+        call_source(captures, num_sizes, outputs, weight_dtypes, loops.unit_source(), scales, has_columns, len(maxima), has_row_max, brgemm),
         prologue,
         *epilogues,
         text("linear_rows.h"),
@@ -171,12 +171,13 @@ def groups_source(found: Sequence[Group]) -> str:
 
 
 def call_source(captures: Captures, num_sizes: int, outputs: int, weight_dtypes: Sequence[torch.dtype], unit: str, scales: bool = False, has_columns: bool = False, maxima: int = 0,
-                has_row_max: bool = False) -> str:
+                has_row_max: bool = False, brgemm: bool = False) -> str:
     """``struct Call``: the arguments by name, and how they are read from the launcher's arrays.
 
     scales: a matrix of float32 for every weight, behind the weights; floats: eps, threshold. has_columns: a tensor of bool behind the captures.
     maxima: how many outputs' rows have their largest magnitude taken, into vectors of float32 between the outputs and x. has_row_max: a vector of float32, the last, has those of x.
-    With either, one more float: 0 for a call that neither takes nor reads them, which is what the other form of the pair does (compiler/int8_tokens.py times both).
+    With either, one more float: 0 for a call that neither takes nor reads them, which is what the other form of the pair does (compiler/row_max.py times both).
+    brgemm: one more integer, behind n0, n1, ...: does brgemm make the products of this call (compiler/int8_brgemm.py times that too)?
     """
     fields, reads, weights = [], [], len(weight_dtypes)
     matrices = weights * (1 + scales)
@@ -207,6 +208,9 @@ def call_source(captures: Captures, num_sizes: int, outputs: int, weight_dtypes:
         at += 2
     fields += [f"    int64_t n{k};" for k in range(num_sizes)]
     reads += [f"    call.n{k} = ints[{at + k}];" for k in range(num_sizes)]
+    if brgemm:
+        fields.append("    bool brgemm;  // makes the products")
+        reads.append(f"    call.brgemm = ints[{at + num_sizes}] != 0;")
     kinds = list(dict.fromkeys(weight_dtypes))
     cases = [f"    if ({' || '.join(f'w == {w}' for w, other in enumerate(weight_dtypes) if other == dtype)}) return f(static_cast<const {ELEMENTS[dtype]}*>(call.weight[w].data));" for dtype in kinds[1:]]
     return "\n".join([
