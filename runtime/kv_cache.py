@@ -42,9 +42,7 @@ def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_kv_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(q int8 [..., D], scale, shift float32 [..., 1]) of x [..., D]: x ~ q scale + shift, with the ends of a row at -128 and 127."""
     wide = x.float()
-    low = wide.amin(-1, keepdim=True)
-    scale = (wide.amax(-1, keepdim=True) - low) / STEPS
-    shift = low + (LARGEST + 1) * scale
+    scale, shift = _ends_range(wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True))
     return rounded(wide - shift, scale, LARGEST + 1), scale, shift
 
 
@@ -57,10 +55,8 @@ def channel_range(x: Tensor, asymmetric: bool = False) -> tuple[Tensor, Tensor |
     return (high - low) * (HEADROOM / (2 * LARGEST)), (high + low) / 2
 
 
-def _group_range(low: Tensor, high: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor | None]:
-    """(scale, shift or None) of channels whose elements are between low and high."""
-    if not asymmetric:
-        return torch.maximum(high, -low) / LARGEST, None
+def _ends_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, shift) that put low at -128 and high at 127."""
     scale = (high - low) / STEPS
     return scale, low + (LARGEST + 1) * scale
 
@@ -102,13 +98,13 @@ class Int8KV:
         self.key_scales, self.value_scales = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in (of_keys, of_values))
         self.key_shifts, self.value_shifts = (torch.zeros(shape, dtype=torch.float32, device=device) if asymmetric else None for shape in (of_keys, of_values))
         self.recent = torch.zeros((batch, heads, group, head_dim), dtype=dtype, device=device) if group else None
-        self.key_lows, self.key_highs = (torch.zeros((batch, heads, 1, head_dim), dtype=torch.float32, device=device) if group else None for _ in range(2))  # of the group that is being filled
+        self.key_lows, self.key_highs = (torch.zeros((batch, heads, 1, head_dim), dtype=torch.float32, device=device) if group and asymmetric else None for _ in range(2))  # of the group that is being filled
         self.dtype, self.asymmetric, self.by_channel, self.group, self.has_range = dtype, asymmetric, keys == "channel", group, False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """keys, key_scales, values, value_scales, and key_shifts and value_shifts, recent, key_lows and key_highs where there are any"""
-        return self.keys, self.key_scales, self.values, self.value_scales, *((self.key_shifts, self.value_shifts) if self.asymmetric else ()), *((self.recent, self.key_lows, self.key_highs) if self.group else ())
+        """keys, key_scales, values, value_scales, and key_shifts, value_shifts, recent, key_lows and key_highs where there are any"""
+        return self.keys, self.key_scales, self.values, self.value_scales, *(x for x in (self.key_shifts, self.value_shifts, self.recent, self.key_lows, self.key_highs) if x is not None)
 
     @property
     def bytes(self) -> int:
@@ -123,7 +119,7 @@ class Int8KV:
         else:
             self._store(k, positions, self.keys, self.key_scales, self.key_shifts)
         self._store(v, positions, self.values, self.value_scales, self.value_shifts)
-        read = self._read_groups(positions[-1:]) if self.group else dequantize_kv(self.keys, self.key_scales, self.dtype, self.key_shifts)
+        read = self._read_groups(positions if positions.shape[0] == 1 else positions[-1:]) if self.group else dequantize_kv(self.keys, self.key_scales, self.dtype, self.key_shifts)
         return read, dequantize_kv(self.values, self.value_scales, self.dtype, self.value_shifts)
 
     def _store(self, x: Tensor, positions: Tensor, *into: Tensor | None) -> None:
@@ -141,30 +137,41 @@ class Int8KV:
 
     def _store_by_group(self, k: Tensor, positions: Tensor) -> None:
         """Scales of the groups that k's tokens are in, the tokens that are no longer among the newest, and the newest ones."""
-        group, tokens, first, last = self.group, k.shape[2], positions[:1], positions[-1:]
-        if tokens == 1:
-            begins, wide, leaving = last % group == 0, k.float(), self.recent.index_select(2, last % group)
-            low, high = torch.where(begins, wide, torch.minimum(self.key_lows, wide)), torch.where(begins, wide, torch.maximum(self.key_highs, wide))
-            groups = last // group
+        group, tokens = self.group, k.shape[2]
+        if tokens == 1:  # as few operations as there may be: this is every step of decoding
+            last, wide = positions, k.float()
+            slot, groups = last % group, last // group
+            begins, leaving, newest = slot == 0, self.recent.index_select(2, slot), k
+            if self.asymmetric:
+                low, high = torch.where(begins, wide, torch.minimum(self.key_lows, wide)), torch.where(begins, wide, torch.maximum(self.key_highs, wide))
+                scale, shift = _ends_range(low, high)
+            else:  # the largest of quotients is the quotient of the largest, so that the scale itself can grow
+                scale, shift = wide.abs() / LARGEST, None
+                scale = torch.where(begins, scale, torch.maximum(scale, self.key_scales.index_select(2, groups)))
         else:
-            near = torch.arange(group, device=k.device)
+            first, last, near = positions[:1], positions[-1:], torch.arange(group, device=k.device)
             known = torch.cat([self.recent.index_select(2, (first + near) % group), k], 2)  # positions first - group to last
             groups = torch.minimum(first // group + torch.arange((tokens + group - 2) // group + 1, device=k.device), last // group)  # one too many where k begins with a group: the last again
             members = torch.minimum(groups[:, None] * group + near, last) - first + group
             wide, leaving = known.index_select(2, members.flatten()).unflatten(2, members.shape).float(), known[:, :, :tokens]
-            low, high = wide.amin(3), wide.amax(3)
-        scale, shift = _group_range(low, high, self.asymmetric)
-        self.key_lows.copy_(low[:, :, -1:])
-        self.key_highs.copy_(high[:, :, -1:])
+            slot, newest = positions[-group:] % group, k[:, :, -group:]
+            if self.asymmetric:
+                low, high = wide.amin(3), wide.amax(3)
+                scale, shift = _ends_range(low, high)
+                low, high = low[:, :, -1:], high[:, :, -1:]
+            else:
+                scale, shift = wide.abs().amax(3) / LARGEST, None
         self.key_scales.index_copy_(2, groups, scale)
         if shift is not None:
             self.key_shifts.index_copy_(2, groups, shift)
+            self.key_lows.copy_(low)
+            self.key_highs.copy_(high)
         left = positions - group
         groups = (left // group).clamp(min=0)
         x = leaving.float() if shift is None else leaving.float() - self.key_shifts.index_select(2, groups)
         q = rounded(x, self.key_scales.index_select(2, groups), LARGEST if shift is None else LARGEST + 1)
         self.keys.index_copy_(2, torch.where(left >= 0, left, last), torch.where((left >= 0)[:, None], q, 0))  # before the first token there is none: zeros go where nothing is read yet
-        self.recent.index_copy_(2, positions[-group:] % group, k[:, :, -group:])
+        self.recent.index_copy_(2, slot, newest)
 
     def _read_groups(self, last: Tensor) -> Tensor:
         """All positions, of which those up to ``last`` [1] are filled."""

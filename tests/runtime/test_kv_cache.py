@@ -125,7 +125,7 @@ def test_a_compiled_loop_is_the_eager_one(dtype, options):
     assert any("int8" in source.detail for source in report.sources)
 
 
-@pytest.mark.parametrize(("options", "extra"), [*zip(OPTIONS, [8 * LENGTH, 16 * LENGTH, 4 * LENGTH + 4 * D, 8 * LENGTH + 8 * D, 4 * LENGTH + 4 * D * (6 + 4 + 2), 8 * LENGTH + 8 * D * 5 + 4 * D * (5 + 2)])], ids=str)
+@pytest.mark.parametrize(("options", "extra"), [*zip(OPTIONS, [8 * LENGTH, 16 * LENGTH, 4 * LENGTH + 4 * D, 8 * LENGTH + 8 * D, 4 * LENGTH + 4 * D * (6 + 4), 8 * LENGTH + 8 * D * 5 + 4 * D * (5 + 2)])], ids=str)
 def test_reset_and_bytes(options, extra):
     cache = tileweld.Int8KV(B, KV, LENGTH, D, **options)
     cache.update(torch.randn(B, KV, 3, D), torch.randn(B, KV, 3, D), torch.arange(3))
