@@ -111,7 +111,9 @@ def rewrite(gm: GraphModule, example_inputs, options: Options, report: Report, s
     from .capture import cannot_capture, capture
     from .merged_heads import merged_heads
     from .pipeline import run
+    from .vmapped import resolve
 
+    gm = resolve(gm)
     if (reason := cannot_capture(gm)) is not None:
         log.get("capture").warning("%s", reason)
         report.warn(reason)

@@ -25,6 +25,7 @@ from .autocast import make_casts_explicit
 from .fast_paths import PARTS
 from .grad_regions import make_explicit
 from .ir.graph import source_of
+from .vmapped import is_transform
 
 
 def fake_inputs(example_inputs) -> tuple[FakeTensorMode, list]:
@@ -41,8 +42,8 @@ def fake_inputs(example_inputs) -> tuple[FakeTensorMode, list]:
 
 
 def cannot_capture(gm: GraphModule) -> str | None:
-    """Why a graph of Dynamo's has to go to AOT as it is: tensors inside vmap, grad or jvp are wrapped, and make_fx takes them for constants."""
-    inside = next((n for n in gm.graph.nodes if "functorch" in getattr(n.target, "__module__", "") or "_functorch" in str(n.target)), None)
+    """Why a graph of Dynamo's has to go to AOT as it is: tensors inside vmap (of what vmapped.py leaves), grad or jvp are wrapped, and make_fx takes them for constants."""
+    inside = next(filter(is_transform, gm.graph.nodes), None)
     if inside is None:
         return None
     where = f" ({source})" if (source := source_of(inside)) else ""
