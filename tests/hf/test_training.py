@@ -31,3 +31,18 @@ def test_gradients_of_all_parameters(name):
     largest = max(g.abs().max().item() for g in eager.values())
     wrong = {n: (ours[n] - g).abs().max().item() / g.abs().max().item() for n, g in eager.items() if not (ours[n] - g).abs().max() <= 1e-5 * max(g.abs().max().item(), 1e-2 * largest)}
     assert not wrong
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt_oss"])
+def test_attention_backward_kernels(name):
+    """The generated kernels, a learned bias and learned sinks among what has a gradient; fp32, bounds as above."""
+    model, report = architectures.build(name, "eager"), Report()
+    run = torch.compile(model, backend=lambda gm, x: tileweld(gm, x, report=report), fullgraph=True)
+    torch.manual_seed(1)
+    x = architectures.inputs(name, 20)
+    eager, ours = step(model, model, x), step(run, model, x)
+    largest = max(g.abs().max().item() for g in eager.values())
+    wrong = {n: (ours[n] - g).abs().max().item() for n, g in eager.items() if not (ours[n] - g).abs().max() <= 1e-5 * max(g.abs().max().item(), 1e-2 * largest)}
+    assert not wrong
+    runs = [k.implementation for k in report.kernels if k.op == "attention_backward"]
+    assert runs and all(r.startswith("cpp:") for r in runs)
