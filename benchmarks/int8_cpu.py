@@ -3,7 +3,7 @@
 Contenders take turns in one process; medians. Few rows: as many weights in turn as leave the caches empty, GB/s of weights, beside a loop that only reads the same memory
 (the floor) and tileweld's kernel of float32 weights. Many rows: GOPS, beside F.linear in float32, tileweld's kernel of it, and the bare int32 product of torch._int_mm, which neither
 quantises nor scales. "products alone": tileweld's packing and micro-kernels, and torch's brgemm u8s8 with weights that were packed before, both into a tile that stays in the cache; the
-best of brgemm's sizes of blocks. "gated MLP": a norm, gate and up, down with a residual, where gate and up take the row maxima that down rounds by, and where down finds them. torchao where it is installed. On a machine that others use too, run with OMP_NUM_THREADS=1 and --clock cpu: the processor time of the calling thread.
+best of brgemm's sizes of blocks. "int8, products by brgemm": tileweld's kernel as it is on processors with AMX. "gated MLP": a norm, gate and up, down with a residual, where gate and up take the row maxima that down rounds by, and where down finds them. torchao where it is installed. On a machine that others use too, run with OMP_NUM_THREADS=1 and --clock cpu: the processor time of the calling thread.
 """
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ extern "C" void products(const int8_t* q, const int8_t* t, int32_t* sums, int64_
         float own[BLOCK_ROWS * STRIP];
 #pragma omp for schedule(dynamic, 1)
         for (int64_t n = 0; n < columns; n += STRIP) {
-            for (int64_t p = 0; p < STRIP; p += PANEL) pack(Source{q + n * K, K}, p, STRIP - p, 0, LANES, packed + p * LANES);
+            for (int64_t p = 0; p < STRIP; p += PANEL) pack(Source{q + n * K, K}, p, STRIP - p, 0, K, LANES, packed + p * LANES);
             for (int64_t i = 0; i < rows; i += BLOCK_ROWS)
                 for (int64_t p = 0; p < STRIP; p += PANEL)
                     multiply_block<2>(int(smaller(BLOCK_ROWS, rows - i)), reinterpret_cast<const float*>(t + i * K), LANES, packed + p * LANES, LANES,
@@ -68,6 +68,7 @@ extern "C" void products(const int8_t* packed, const uint8_t* t, int32_t* sums, 
 }
 """
 HEIGHTS, WIDTHS = (48, 64, 128, 256), (32, 64, 128)  # of brgemm's blocks
+BY_BRGEMM = "int8, products by brgemm"
 OUTLIERS = 6  # columns of "mixed", out of K
 
 
@@ -126,16 +127,18 @@ def run(name: str, rounds: int, clock, read_all) -> list[dict]:
     x[:, :OUTLIERS] = 7.0
     floats = [dequantized(q, step, F32) for q in memory[: max(1, copies // 4)]]
     contenders = {}
-    for label, activation, scales in (("float", "float", step), ("float, groups of 64", "float", groups), ("int8", "int8", step), ("mixed", "mixed", step)):
+    variants = [("float", "float", step), ("float, groups of 64", "float", groups), ("int8", "int8", step), ("mixed", "mixed", step)]
+    variants += [(BY_BRGEMM, "int8", step)] * (not is_few and torch.cpu._is_vnni_supported())
+    for label, activation, scales in variants:
         unit = [[stride == 1 for stride in t.stride()] for t in (out, x, memory[0], scales)]
-        kernel = int8_linear.emit(Spec(), x_dtype=F32, widths=[N], k=K, activation=activation, groups=[scales.shape[1]], rows=M, unit=unit)
-        launch = launcher(kernel)
-        launch([out, x, memory[0], scales], (), (EPS, 6.0))
+        kernel = int8_linear.emit(Spec(), x_dtype=F32, widths=[N], k=K, activation=activation, groups=[scales.shape[1]], rows=M, unit=unit, brgemm=label == BY_BRGEMM)
+        launch, ints = launcher(kernel), (1,) * kernel.link_torch
+        launch([out, x, memory[0], scales], ints, (EPS, 6.0))
         if label == "int8" and not is_few:
             contenders |= products(kernel.source, memory[0], M)
         exact = reference(x, [memory[0]], [scales], [], (), EPS, Spec(), activation, 6.0)[0]
         assert (out - exact).abs().max() <= 1e-4 * exact.abs().max(), label
-        contenders[f"tileweld {label}"] = lambda launch=launch, scales=scales: [launch([out, x, q, scales], (), (EPS, 6.0)) for q in memory]
+        contenders[f"tileweld {label}"] = lambda launch=launch, scales=scales, ints=ints: [launch([out, x, q, scales], ints, (EPS, 6.0)) for q in memory]
     floating = launcher(linear.emit(Spec(), x_dtype=F32, weight_dtypes=[F32], widths=[N], k=K, rows=M, unit=[[False, True]] * 3))
     contenders["tileweld float32"] = lambda: [floating([out, x, w], (), (EPS,)) for w in floats]
     contenders["torch float32"] = lambda: [F.linear(x, w) for w in floats]
