@@ -12,6 +12,7 @@ import torch
 import torch.fx.traceback
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.callback import callback_handler
+from torch._dynamo.utils import counters
 from torch._guards import CompileContext, TracingContext
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
@@ -39,6 +40,11 @@ def fake_inputs(example_inputs) -> tuple[FakeTensorMode, list]:
             x = mode.from_tensor(x, static_shapes=symbolic is None, symbolic_context=symbolic, source=getattr(symbolic, "tensor_source", None))
         fakes.append(x)
     return mode, fakes
+
+
+def breaks_seen() -> list[str]:
+    """Why Dynamo broke graphs in this process until now, each reason once."""
+    return list(counters["graph_break"])
 
 
 def cannot_capture(gm: GraphModule) -> str | None:

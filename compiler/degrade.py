@@ -2,8 +2,8 @@
 
     DegradedWarning: graph break: Unsupported Tensor.item() call (model.py:41); what lies on its two sides is compiled apart; ...
 
-Four things degrade: Dynamo gives a function up after `torch._dynamo.config.recompile_limit` compilations, a graph break splits a graph,
-a fused op has no kernel, a kernel cannot be built. Under strict all but the graph break, which has torch's own fullgraph=True, are errors.
+Five things degrade: Dynamo hands over no graph at all (which explain alone can say), it gives a function up after `torch._dynamo.config.recompile_limit` compilations, a graph break splits a graph,
+a fused op has no kernel, a kernel cannot be built. Under strict all but the first and the graph break, which has torch's own fullgraph=True, are errors.
 """
 from __future__ import annotations
 
@@ -55,6 +55,13 @@ def watch(gm, report: Report, strict: bool = False) -> None:
         stack = [f for f in reason.user_stack or () if "torch/_dynamo" not in f.filename]
         where = f"{'/'.join(stack[-1].filename.split('/')[-2:])}:{stack[-1].lineno}" if stack else ""
         degrade(report, f"graph break: {_first_line(reason.reason)}", where, "what lies on its two sides is compiled apart; fullgraph=True makes it an error with the whole explanation")
+
+
+def no_graph(report: Report, breaks: list[str]) -> None:
+    """Said by who looks: a backend that gets no graph is never called."""
+    why = f": {_first_line(breaks[0])}" if breaks else ""
+    degrade(report, f"TorchDynamo handed over no graph, all of it runs in eager PyTorch{why}", "",
+            "TORCH_LOGS=graph_breaks says where; often a Python condition on a tensor's values (nn.TransformerEncoder with a mask: pass is_causal too)")
 
 
 def _first_line(text: str) -> str:

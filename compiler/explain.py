@@ -7,7 +7,9 @@ import torch
 
 from .. import passes
 from .backend import tileweld
+from .capture import breaks_seen
 from .cost_report import launches
+from .degrade import no_graph
 from .labels import label_inputs
 from .lower import note_folded, settle
 from .options import Options
@@ -38,7 +40,10 @@ def trace(fn: Callable, args=(), kwargs=None, *, dynamic: bool | None = None, op
         return compiled
 
     with torch.set_grad_enabled(torch.is_grad_enabled() if grad is None else grad):
+        before = breaks_seen()
         result = torch.compile(fn, backend=backend, dynamic=dynamic)(*args, **(kwargs or {}))
+        if not report.graphs:
+            no_graph(report, [b for b in breaks_seen() if b not in before] or before[-1:])
         if train:
             losses = [x.float().sum() for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor) and x.requires_grad]
             if losses:

@@ -11,6 +11,7 @@ import tileweld
 from tileweld.compiler import degrade, lower
 from tileweld.compiler.backend import tileweld as backend
 from tileweld.compiler.errors import BuildError, CompilerNotFound, DegradedError
+from tileweld.compiler.explain import trace
 from tileweld.compiler.report import Report
 
 
@@ -96,6 +97,17 @@ def test_a_graph_break_is_said_once_and_stands_in_every_report():
     (warning,) = said(lambda: reports.extend(tileweld.explain(broken, torch.ones(3)) for _ in range(2)))
     assert warning.what.startswith("graph break: ") and warning.where.startswith("compiler/test_degrade.py:") and "fullgraph=True" in warning.cure
     assert [r.warnings for r in reports] == [[str(warning)]] * 2 and "warning: graph break" in str(reports[0])
+
+
+def test_no_graph_at_all_is_said_by_explain():
+    """nn.TransformerEncoder looks whether its mask is causal, at its values."""
+    encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1).eval()
+    x, mask = torch.randn(1, 4, 16), torch.nn.Transformer.generate_square_subsequent_mask(4)
+    with torch.no_grad(), pytest.warns(degrade.DegradedWarning, match="no graph.*eager PyTorch.*item.*is_causal"):
+        report = trace(encoder, (x,), {"mask": mask})
+    assert not report.graphs and "no graph" in str(report)
+    with torch.no_grad():
+        assert not trace(encoder, (x,), {"mask": mask, "is_causal": True}).warnings
 
 
 def test_a_whole_graph_is_silent():
