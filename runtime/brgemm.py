@@ -19,7 +19,7 @@ _SYMBOL = "_ZN2at6native7cpublas6brgemmEllllllbPKhPKaPib"
 
 def is_wanted() -> bool:
     """Shall kernels be able to? Whether they do is the clock's to say (compiler/int8_brgemm.py)."""
-    return setting() != "0" and has_brgemm() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and (is_forced() or has_tiles())
+    return setting() != "0" and (is_forced() or has_tiles()) and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and has_brgemm()
 
 
 def is_forced() -> bool:

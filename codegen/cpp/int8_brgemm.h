@@ -4,8 +4,8 @@
 // Its A is unsigned and its B signed: the rows' bytes are raised to t + 128, weights stay as they are, and what a sum has too much is 128 times the sum of its
 // weights' column: one number a column of the strip, taken while that is packed, modulo 2^32 as all sums.
 //
-// The last argument of a call says which makes the products. Where brgemm refuses (it asks for oneDNN, which can be switched off at any time, and for VNNI), the micro-kernels of this unit
-// multiply the same bytes.
+// The last integer of a call says which makes the products. Where brgemm refuses (it asks for oneDNN, which can be switched off at any time, and for VNNI), the micro-kernels of this unit
+// multiply the same bytes, and the next call asks again.
 
 // int8_brgemm_part.h
 __attribute__((visibility("hidden"))) bool multiply_by_brgemm(int64_t rows, int64_t columns, int64_t depth, const void* a, int64_t a_row, const void* b, void* c, int64_t c_row, bool first);

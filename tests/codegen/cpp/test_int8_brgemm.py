@@ -23,8 +23,7 @@ from .test_int8_linear import _FLAGS, CASES, F32, WAYS, can_run, compare, output
 
 THEIRS, OWN = 1, 0  # the last integer of a call
 ROWS = (0, 1, 17, 33, 65, 130)  # a block of 32 and its part; of 64, whole and partial
-NAMES = [f"int8, {name}" for name in ("plain", "whole vectors", "a byte over", "one column", "norm, gated", "q k v", "bfloat16")] + [f"mixed, {name}" for name in ("plain", "norm, gated", "q k v")]
-NAMES += ["int8, residual", "int8, AVX2", "mixed, narrow vectors", "static columns", "strips and a part, gated", "long, int8", "long, mixed"]
+NAMES = [name for name, case in CASES.items() if case.activation != "float" and case.K > 0]
 PART = linear_parts.text("int8_brgemm_part.h")
 #: in the place of PART: the same products by a plain loop, counted
 COUNTING = """
