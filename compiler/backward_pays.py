@@ -1,22 +1,20 @@
 """Attention's backward as blocks of torch operations, its definition, where the generated kernel is slower: both are timed at the op's sizes, once a kernel, sizes and thread count, and kept in the kernel cache."""
 from __future__ import annotations
 
-import json
+import functools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch.fx import Node
 
-from ..runtime import cache
-from .capture import real_tensors
+from . import pays
 from .ir.graph import value
 from .select import BLOCKS, Choice
 
 ROUNDS = 5
 CLEAR = 1.5  # this far apart, one round is enough: the kernel takes a half to a tenth of the time
-
-_known: dict[str, tuple[float, float]] = {}
+UNTIMED = (0.0, 1.0)  # the kernel stays
 
 
 def blocks_instead(node: Node, apart: Collection[str]) -> Choice | None:
@@ -31,40 +29,22 @@ def slower(choices: Sequence[Choice], launchers: dict[str, Callable]) -> dict[st
     found = {}
     for choice in choices:
         if choice.op == "attention_backward" and choice.kernel is not None and choice.kernel.language == "cpp" and choice.kernel.source in launchers:
-            kernel, blocks = _seconds(choice, launchers[choice.kernel.source])
+            kernel, blocks = pays.known("backward pays 2", [choice], functools.partial(_measured, choice, launchers[choice.kernel.source]))
             if kernel > blocks:
                 found[choice.node.name] = f"blocks of torch operations are faster here: {blocks * 1e3:.2f} ms against {kernel * 1e3:.2f}"
     return found
 
 
-def _seconds(choice: Choice, launch: Callable) -> tuple[float, float]:
-    tensors = [value(n) for n in choice.inputs]
-    key = cache.entry_key("backward pays 1", choice.kernel.source, shapes=[[_hint(n) for n in t.shape] for t in tensors], strides=[[_hint(n) for n in t.stride()] for t in tensors[:4]], threads=torch.get_num_threads())
-    if key not in _known:
-        path = cache.root() / f"{key}.pays.json"
-        try:
-            kernel, blocks = json.loads(path.read_text())
-            _known[key] = float(kernel), float(blocks)
-        except (OSError, ValueError, TypeError):
-            _known[key] = _measured(choice, launch, tensors)
-            cache.put_text(path, json.dumps(_known[key]))
-    return _known[key]
-
-
-def _hint(n) -> int:
-    return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
-
-
 def _ones(fake: torch.Tensor) -> torch.Tensor:
     """Of a fake tensor's layout; ones are numbers, positions in most tables, and masks that hold."""
-    return torch.empty_strided([_hint(n) for n in fake.shape], [_hint(n) for n in fake.stride()], dtype=fake.dtype).fill_(1)
+    return torch.empty_strided([pays.hint(n) for n in fake.shape], [pays.hint(n) for n in fake.stride()], dtype=fake.dtype).fill_(1)
 
 
-def _measured(choice: Choice, launch: Callable, tensors) -> tuple[float, float]:
-    """Best seconds of the kernel and of the definition. (0, 0) where ones are no positions of a table: the kernel stays."""
+def _measured(choice: Choice, launch: Callable) -> tuple[float, float]:
+    """Best seconds of the kernel and of the definition. UNTIMED where ones are no positions of a table."""
     captures, sizes, *texts = choice.node.args[4:]
-    with real_tensors():
-        ins, ints, outs = [_ones(t) for t in tensors], [_hint(n if not isinstance(n, Node) else value(n)) for n in choice.ints], [_ones(value(o)) for o in choice.outputs]
+    with pays.real_tensors():
+        ins, ints, outs = [_ones(value(n)) for n in choice.inputs], [pays.hint(n if not isinstance(n, Node) else value(n)) for n in choice.ints], [_ones(value(o)) for o in choice.outputs]
         calls = (lambda: launch([*outs, *ins], ints, ()), lambda: choice.node.target(*ins[:4], ins[4:], ints, *texts))
         times: tuple[list, list] = ([], [])
         calls[0]()  # takes its workspace
@@ -74,7 +54,7 @@ def _measured(choice: Choice, launch: Callable, tensors) -> tuple[float, float]:
                 try:
                     call()
                 except IndexError:
-                    return 0.0, 0.0
+                    return UNTIMED
                 own.append(time.perf_counter() - start)
             kernel, blocks = map(min, times)
             if blocks > CLEAR * kernel or (done >= 2 and kernel > CLEAR * blocks):

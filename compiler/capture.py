@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy
 
 from . import log
-from .autocast import make_casts_explicit
+from .autocast import make_casts_explicit, off
 from .fast_paths import PARTS
 from .grad_regions import make_explicit
 from .ir.graph import source_of
@@ -149,8 +149,8 @@ def _promised(mode: FakeTensorMode) -> frozenset:
 
 @contextlib.contextmanager
 def real_tensors():
-    """Inside, torch computes on real tensors again, though Dynamo or AOT are tracing: kernels are timed so (pays.py)."""
-    with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
+    """Inside, torch computes on real tensors again, though Dynamo or AOT are tracing, and casts none of them: kernels are timed so (pays.py)."""
+    with torch.inference_mode(False), torch.no_grad(), off(), _disable_current_modes():
         yield
 
 

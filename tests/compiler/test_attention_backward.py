@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from tileweld.compiler import backward_pays, select
 from tileweld.compiler.backend import tileweld
+from tileweld.compiler.ir.graph import value
 from tileweld.compiler.report import Report
 
 I, J = torch.arange(40)[:, None], torch.arange(40)
@@ -107,7 +108,7 @@ def test_the_blocks_remain(case):
 
 @pytest.mark.parametrize("kernel, blocks", [(2.0, 1.0), (1.0, 2.0)])
 def test_the_faster_one_is_kept(monkeypatch, kernel, blocks):
-    monkeypatch.setattr(backward_pays, "_seconds", lambda choice, launch: (kernel, blocks))
+    monkeypatch.setattr(backward_pays.pays, "known", lambda what, choices, measure: (kernel, blocks))
     error, runs, reason = gradients(KERNELS["softcap"], qkv())
     assert error < 1e-5 and (runs == "torch:blocks") == (kernel > blocks)
     assert kernel < blocks or "1000.00 ms against 2000.00" in reason
@@ -115,8 +116,8 @@ def test_the_faster_one_is_kept(monkeypatch, kernel, blocks):
 
 def test_both_are_timed_at_the_sizes_of_the_call(monkeypatch):
     measure, found = backward_pays._measured, []
-    monkeypatch.setattr(backward_pays, "_known", {})
-    monkeypatch.setattr(backward_pays, "_measured", lambda choice, launch, tensors: found.append((tuple(tensors[1].shape), measure(choice, launch, tensors))) or (0.0, 1.0))
+    monkeypatch.setattr(backward_pays.pays, "_known", {})
+    monkeypatch.setattr(backward_pays, "_measured", lambda choice, launch: found.append((tuple(value(choice.inputs[1]).shape), measure(choice, launch))) or (0.0, 1.0))
     gradients(KERNELS["window"], qkv(width=24))  # of no other test: the figures of those are in the cache
     ((shape, (kernel, blocks)),) = found
     assert shape == (2, 4, 40, 24) and kernel > 0 and blocks > 0
