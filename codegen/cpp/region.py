@@ -286,8 +286,10 @@ class _Nest:
         return [*before, f"#pragma omp parallel for{simd} schedule(static) if ({'parallel: ' if simd else ''}{self._parallel(Integer(1), n)})", f"for (int64_t {x} = 0; {x} < {self.printer(n)}; ++{x}) {{", *("    " + line for line in inside), "}"]
 
     def _runs_down(self) -> bool:
-        """Is it a plain sum down the rows of memory: neighbours in memory are neighbouring results, not terms of one?"""
-        if not self.reductions or not self.rows or any(not o.is_row for o in self.outputs) or any(r.level > 1 or r.kind != "sum" for r in self.reductions) or self.checks:
+        """Is it a plain sum down the rows of memory: neighbours in memory are neighbouring results, not terms of one? What else is computed of every term (a norm's backward) must not want the sums."""
+        if not self.reductions or not self.rows or any(r.level > 1 or r.kind != "sum" for r in self.reductions) or self.checks:
+            return False
+        if any(o.expr.free_symbols & {r.symbol for r in self.reductions} for o in self.outputs if not o.is_row):
             return False
         x = self.rows[-1][0]
         down = across = 0
@@ -309,12 +311,14 @@ class _Nest:
                  f"    const int64_t first = row % blocks * {LANES}, last = smaller(first + {LANES}, {self.printer(n)});", "    const int64_t outer = row / blocks;", *self._row_indices(outer, "outer")]
         lines += [f"    float sum_{s}[{LANES}] = {{}};\n    double total_{s}[{LANES}] = {{}};" for s in symbols] + ["    int64_t terms = 0;"]
         lines += ["    " + f"for (int64_t {y} = 0; {y} < {self.printer(m)}; ++{y})" + " {" for y, m in self.columns]
-        pieces = [tighten(r.expr, self.ranges) for r in self.reductions]
+        full = [o for o in self.outputs if not o.is_row]
+        pieces = [tighten(e.expr, self.ranges) for e in (*self.reductions, *full)]
         inside = self._name(self._repeated(pieces)) + [f"sum_{s}[{x} - first] += {self.printer.real(p)};" for s, p in zip(symbols, pieces)]
+        inside += [self._store(o, p) for o, p in zip(full, pieces[len(symbols):])]
         lines += ["        #pragma omp simd", f"        for (int64_t {x} = first; {x} < last; ++{x}) {{", *("            " + line for line in inside), "        }", f"        if (++terms % {CHUNK // 16} == 0)", f"            for (int lane = 0; lane < {LANES}; ++lane) {{ {' '.join(f'total_{s}[lane] += sum_{s}[lane]; sum_{s}[lane] = 0.0f;' for s in symbols)} }}"]
         lines += ["    }"] * len(self.columns)
         self.printer.known = {}
-        stores = [self._store(o, o.expr) for o in self.outputs]
+        stores = [self._store(o, o.expr) for o in self.outputs if o.is_row]
         lines += [f"    for (int64_t {x} = first; {x} < last; ++{x}) {{", *(f"        const float {s} = float(total_{s}[{x} - first] + sum_{s}[{x} - first]);" for s in symbols), *("        " + line for line in stores), "    }", "}"]
         return lines
 

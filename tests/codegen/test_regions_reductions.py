@@ -71,6 +71,8 @@ CASES = {
     "embedding and norm": (lambda i, e, w: rms(F.embedding(i, e), w), [IDS, TABLE, W], 1),
     "two embeddings and norm": (lambda i, e, p, w, b: F.layer_norm(F.embedding(i, e) + p[:i.shape[1]], (64,), w, b), [IDS, TABLE, R(20, 64), W, W], 1),
     "sums down the rows": (lambda x, y: ((x * y).sum(0), (x * y).sum((0, 1))), [R(2, 9, 64), R(2, 9, 64)], None),
+    "sums down the rows, and what they are of": (lambda g, x, w, r: ((g * x * r).sum(0), g * w, g * w * x), [R(9, 130), R(9, 130), R(130), R(9, 1)], 1),
+    "sums down the rows that are wanted at once": (lambda x, y: (x * y).sum(0) * x, [R(9, 130), R(9, 130)], 1),
     "mean of all": (lambda x, y: ((x - y) ** 2).mean(), [R(2, 9, 64), R(2, 9, 64)], 1),
     "a long sum": (lambda x, y: ((x - y) ** 2).sum(), [R(300, 9, 64), R(300, 9, 64)], 1),
     "siblings": (lambda x, y: (F.silu(x) * y, (x + 1) * 3), [R(4, 64), R(4, 64)], 1),
@@ -92,17 +94,29 @@ def test_equals_eager(name):
     assert kernels and (count is None or len(kernels) == count), kernels
 
 
-@pytest.mark.parametrize("name", ["rms norm", "residual and norm, both results", "softmax, last dim", "two embeddings and norm", "sums down the rows", "cat", "rotary, q and k in one launch"])
+@pytest.mark.parametrize("name", ["rms norm", "residual and norm, both results", "softmax, last dim", "two embeddings and norm", "sums down the rows", "sums down the rows, and what they are of", "cat", "rotary, q and k in one launch"])
 def test_symbolic_sizes(name):
     f, inputs, _ = CASES[name]
     assert check(f, inputs, dynamic=True)
 
 
-@pytest.mark.parametrize("name", ["rms norm", "residual and norm, both results", "layer norm", "softmax, last dim", "embedding and norm", "sums down the rows"])
+@pytest.mark.parametrize("name", ["rms norm", "residual and norm, both results", "layer norm", "softmax, last dim", "embedding and norm", "sums down the rows", "sums down the rows, and what they are of"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types(name, dtype):
     f, inputs, _ = CASES[name]
     assert check(f, [x.to(dtype) if x.is_floating_point() else x for x in inputs])
+
+
+@pytest.mark.parametrize("name, down", [("sums down the rows, and what they are of", True), ("sums down the rows that are wanted at once", False)])
+def test_neighbours_in_memory_are_summed_side_by_side(name, down):
+    """A column at a time, a norm's backward of 512 x 512 took 5.6 ms, 0.16 side by side."""
+    torch._dynamo.reset()
+    f, inputs, _ = CASES[name]
+    report = Report()
+    with torch.no_grad():
+        torch.compile(f, backend=functools.partial(tileweld, report=report), dynamic=False)(*inputs)
+    (kernel,) = report.sources
+    assert ("sum_r0[x" in kernel.source) == down
 
 
 def test_an_index_out_of_range_raises_as_eager_does():
