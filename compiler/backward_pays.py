@@ -44,7 +44,7 @@ def _measured(choice: Choice, launch: Callable) -> tuple[float, float]:
     """Best seconds of the kernel and of the definition. UNTIMED where ones are no positions of a table."""
     captures, sizes, *texts = choice.node.args[4:]
     with pays.real_tensors():
-        ins, ints, outs = [_ones(value(n)) for n in choice.inputs], [pays.hint(n if not isinstance(n, Node) else value(n)) for n in choice.ints], [_ones(value(o)) for o in choice.outputs]
+        ins, ints, outs = [_ones(value(n)) for n in choice.inputs], [*map(pays.hint, choice.ints)], [_ones(value(o)) for o in choice.outputs]
         calls = (lambda: launch([*outs, *ins], ints, ()), lambda: choice.node.target(*ins[:4], ins[4:], ints, *texts))
         times: tuple[list, list] = ([], [])
         calls[0]()  # takes its workspace

@@ -7,6 +7,7 @@ with pre_dispatch under the fake mode of the ambient TracingContext. tests/compi
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 
 import torch
 import torch.fx.traceback
@@ -42,9 +43,9 @@ def fake_inputs(example_inputs) -> tuple[FakeTensorMode, list]:
     return mode, fakes
 
 
-def breaks_seen() -> list[str]:
-    """Why Dynamo broke graphs in this process until now, each reason once."""
-    return list(counters["graph_break"])
+def breaks_seen() -> Counter[str]:
+    """Why Dynamo broke graphs in this process until now, and how often."""
+    return Counter(counters["graph_break"])
 
 
 def cannot_capture(gm: GraphModule) -> str | None:

@@ -43,7 +43,7 @@ def trace(fn: Callable, args=(), kwargs=None, *, dynamic: bool | None = None, op
         before = breaks_seen()
         result = torch.compile(fn, backend=backend, dynamic=dynamic)(*args, **(kwargs or {}))
         if not report.graphs:
-            no_graph(report, [b for b in breaks_seen() if b not in before] or before[-1:])
+            no_graph(report, [*(breaks_seen() - before)])
         if train:
             losses = [x.float().sum() for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor) and x.requires_grad]
             if losses:

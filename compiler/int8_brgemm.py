@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch.fx import Node
-
 from ..runtime import brgemm
 from . import pays
 from .ir.graph import value
@@ -20,19 +18,14 @@ def choose_products(choices: Sequence[Choice], launchers: dict[str, Callable]) -
         k = choice.kernel
         if choice.op != "int8_linear" or k is None or not k.link_torch or k.source not in launchers:
             continue
-        theirs, own = (0.0, 0.0) if brgemm.is_forced() or _flops(choice) < pays.WORTH_TIMING else pays.known("brgemm 1", [choice], lambda choice=choice: _measured(choice, launchers[choice.kernel.source]))
+        theirs, own = (0.0, 0.0) if brgemm.is_forced() or pays.flops(choice) < pays.WORTH_TIMING else pays.known("brgemm 1", [choice], lambda choice=choice: _measured(choice, launchers[choice.kernel.source]))
         choice.ints = (*choice.ints[:-1], int(theirs <= own))
         choice.reason = "generated for this op, products of brgemm" if choice.ints[-1] else f"generated for this op; its own products take {own * 1e3:.2f} ms, brgemm's {theirs * 1e3:.2f}"
-
-
-def _flops(choice: Choice) -> float:
-    rows = pays.hint(value(choice.inputs[0]).shape[0])
-    return sum(2.0 * rows * w.shape[0] * w.shape[1] for w in map(value, choice.node.args[1]))
 
 
 def _measured(choice: Choice, launch: Callable) -> tuple[float, float]:
     """(seconds with brgemm, without)."""
     with pays.real_tensors():
         ins, outs = [pays.like(value(n)) for n in choice.inputs], [pays.like(value(o)) for o in choice.outputs]
-        ints = [pays.hint(n if not isinstance(n, Node) else value(n)) for n in choice.ints[:-1]]
+        ints = [*map(pays.hint, choice.ints[:-1])]
     return pays.timed(lambda: launch([*outs, *ins], (*ints, 1), choice.floats), lambda: launch([*outs, *ins], (*ints, 0), choice.floats), 1.0)

@@ -42,8 +42,7 @@ def losers(choices: Sequence[Choice], launchers: dict[str, Callable]) -> dict[st
             continue
         x, *rest = (value(n) for n in choice.inputs)
         weights = rest[:len(choice.node.args[1])]
-        rows = hint(x.shape[0])
-        if sum(2.0 * rows * w.shape[0] * w.shape[1] for w in weights) < WORTH_TIMING:
+        if flops(choice) < WORTH_TIMING:
             continue
         fused, apart = _seconds(choice, k, launchers[k.source], x, weights, rest[len(weights):])
         if choice.op == "int8_linear":  # it costs accuracy: no margin
@@ -59,8 +58,15 @@ def is_settled() -> bool:
     return _UNSTEADY not in _known.values()
 
 
+def flops(choice: Choice) -> float:
+    """Of the products of a linear or int8_linear."""
+    rows = hint(value(choice.inputs[0]).shape[0])
+    return sum(2.0 * rows * w.shape[0] * w.shape[1] for w in map(value, choice.node.args[1]))
+
+
 def hint(n) -> int:
-    """A size, or what a symbolic one is this time."""
+    """A size or a node that gives one, or what a symbolic one is this time."""
+    n = value(n) if isinstance(n, torch.fx.Node) else n
     return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
 
 
@@ -104,7 +110,7 @@ def _measured(choice, launch, x, weights, captures) -> tuple[float, float]:
     with real_tensors():
         ins = [like(t) for t in (x, *weights, *captures)]
         outs = [like(value(o)) for o in choice.outputs]
-        ints = [hint(n if not isinstance(n, torch.fx.Node) else value(n)) for n in choice.ints]
+        ints = [*map(hint, choice.ints)]
         source, matrices = ins[0], ins[1:1 + len(weights)]
         spare = torch.empty_like(source)
         products = [torch.empty(source.shape[0], w.shape[0], dtype=source.dtype) for w in matrices]

@@ -57,17 +57,12 @@ def slower(choices: Sequence[Choice], launchers: dict[str, Callable]) -> dict[st
         first = chosen.get(producer_of(second.node)) if second.op == "int8_linear" and second.kernel is not None else None
         if first is None or any(c.kernel is None or c.kernel.language != "cpp" or c.kernel.source not in launchers for c in (first, second)):
             continue
-        if sum(_flops(c) for c in (first, second)) < pays.WORTH_TIMING:
+        if sum(pays.flops(c) for c in (first, second)) < pays.WORTH_TIMING:
             continue
         pair, parted = pays.known("row_max 1", [first, second], lambda: _measured(first, second, launchers))
         if pair > MARGIN * parted:
             found[second.node.name] = f"rows {[*map(pays.hint, value(second.inputs[0]).shape)]} find their maxima themselves: {parted * 1e3:.2f} ms for both products, {pair * 1e3:.2f} where the first takes them"
     return found
-
-
-def _flops(choice: Choice) -> float:
-    rows = pays.hint(value(choice.inputs[0]).shape[0])
-    return sum(2.0 * rows * w.shape[0] * w.shape[1] for w in map(value, choice.node.args[1]))
 
 
 def _measured(first: Choice, second: Choice, launchers: dict[str, Callable]) -> tuple[float, float]:
@@ -84,7 +79,7 @@ def _measured_on_tensors(first: Choice, second: Choice, launchers: dict[str, Cal
         for n in range(weights):  # sums of 1: results stay finite, also as float16
             scaled = ins[1 + weights + n] if choice.op == "int8_linear" else ins[1 + n]
             scaled.fill_(1 / max(1, ins[1 + n].shape[1]))
-        ints = [pays.hint(n if not isinstance(n, Node) else value(n)) for n in choice.ints]
+        ints = [*map(pays.hint, choice.ints)]
         calls.append((launchers[choice.kernel.source], [pays.like(value(o)) for o in choice.outputs], ins, ints, choice.floats[:-1]))
     item = next(u for u in first.node.users if u.args[1] < len(calls[0][1]) and calls[0][1][u.args[1]].shape == calls[1][2][0].shape and calls[0][1][u.args[1]].dtype == calls[1][2][0].dtype)
     calls[1][2][0] = calls[0][1][item.args[1]]  # as it lies in the caches when the second begins

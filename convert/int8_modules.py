@@ -56,7 +56,7 @@ class Int8Linear(_Rows):
         return self._dequantized(self.dtype)
 
     def _dequantized(self, dtype: torch.dtype) -> Tensor:
-        mixed = self.activation == "mixed"  # others read neither: each attribute read is a guard of Dynamo's, 6 KiB a layer that stay
+        mixed = self.activation == "mixed"  # others read neither: each attribute read is a guard of Dynamo's, which stays
         return ops.dequantize_rows(self.q, self.scale, dtype, self.activation, self.threshold if mixed else math.inf, self.columns if mixed else None)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 // What linear_many.h multiplies by: panels of packed columns, and the micro-kernels that run over them (linear_kernels.h). Nothing of them knows a
-// variant, so that units of float weights link with one copy: compiling it takes a third of a unit's time.
+// variant, so that units of float weights link with one copy, which is compiled once.
 //
 // The includer defines LINKAGE: static, or hidden where they are linked.
 

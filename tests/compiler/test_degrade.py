@@ -106,6 +106,10 @@ def test_no_graph_at_all_is_said_by_explain():
     with torch.no_grad(), pytest.warns(degrade.DegradedWarning, match="no graph.*eager PyTorch.*item.*is_causal"):
         report = trace(encoder, (x,), {"mask": mask})
     assert not report.graphs and "no graph" in str(report)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        (again,) = trace(encoder, (x,), {"mask": mask}).warnings  # the same reason a second time in the process
+        assert "item" in again
     with torch.no_grad():
         assert not trace(encoder, (x,), {"mask": mask, "is_causal": True}).warnings
 

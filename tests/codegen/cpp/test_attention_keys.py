@@ -77,7 +77,7 @@ def kernel(case, **known):
 
 
 def launchers(kernels):
-    return [CppLauncher(library, k.entry) for library, k in zip(compile_cpp([CppUnit(k.name, k.source, k.link_torch) for k in kernels]), kernels)]
+    return [CppLauncher(library, k.entry) for library, k in zip(compile_cpp([CppUnit.of(k) for k in kernels]), kernels)]
 
 
 @pytest.fixture(scope="module")
