@@ -170,7 +170,7 @@ class _Writer(Launches):
             self.names[node] = self._plain(node, self._argument)
             self.inline.add(node)
             self._read_in_place_of(node)
-        elif node.target is not torch.ops.aten.index_copy_.default or not self._index_copy(node):
+        elif node.target not in (torch.ops.aten.index_copy_.default, torch.ops.aten.copy_.default) or not self._copy(node):
             text = self._plain(node, self._argument)
             if node.users or not is_inplace(node):
                 self.names[node] = self._name(node.name)

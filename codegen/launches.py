@@ -17,6 +17,7 @@ from .liveness import is_view
 from .spelling import size_text
 from .vocabulary import Vocabulary
 
+aten = torch.ops.aten
 NOTHING = 'b""'
 COPY_DIMS, COPY_MOST = 16, 1 << 16  # an index_copy of more elements is torch's, on all threads
 
@@ -31,7 +32,8 @@ class Launches(Vocabulary):
         self.versions: list[str] = []  # tensors of others that they write
         self.run_made: set = set()  # memory that they write
         self.run_written: set = set()  # memory of others that they write
-        self.targets: dict[Node, str] = {}  # such a tensor -> the name of what is written
+        self.targets: dict[Node, str] = {}  # such a tensor -> the name of what is read and written
+        self.returned: set[str] = set()  # those names of which a line behind the launches copies what was written back
 
     def _launch(self, node: Node) -> None:
         launch: Launch = node.target
@@ -41,7 +43,7 @@ class Launches(Vocabulary):
             planned = self.live.planned[(node, k)]
             outs.append(self._allocate(planned, planned.node.meta.get("name", planned.node.name) if planned.node is not node else f"unread_{k}"))
         said = self._said(*(self.live.planned[(node, k)] for k in range(len(outs))))
-        direct = is_direct(launch)
+        direct = self._is_step(launch)
         given = [self._laid_out(x) if launch.layouts is not None or direct else self._argument(x) for x in ins]
         tensors = [*outs, *given]
         if not direct:
@@ -64,9 +66,13 @@ class Launches(Vocabulary):
         doubles = self._once(f"{launch.__name__}_floats", f"floats({', '.join(map(self._argument, floats))})") if not any(isinstance(x, Node) for x in floats) else f"floats({', '.join(map(self._argument, floats))})"
         where = [self._place(t, self.virtual.get(x)) for t, x in [*((t, None) for t in outs), *zip(given, ins)]]
         if self.driver is not None and not self.symbols and packed is not None and doubles in self.made:
-            self._step(entry, where, integers, doubles, said, self.live.bases[node])
+            self._step(entry, where, integers, doubles, said, self.live.bases[node], status=len(outs) - 1 if launch.run is not None else None)
             return
         self._line(self._called(entry, where, integers, doubles, launch.__name__) + said)
+
+    def _is_step(self, launch: Launch) -> bool:
+        """Is it launched with packed pointers and numbers: alone, or, if it checks indices, by what walks a run's table?"""
+        return is_direct(launch) or self.driver is not None and not self.symbols and is_checked(launch)
 
     def _called(self, entry: str, where: list[tuple[str, int]], integers: str, doubles: str, name: str) -> str:
         texts = list(map(self._pointer, where))
@@ -102,7 +108,7 @@ class Launches(Vocabulary):
     def _is_virtual(self, node: Node) -> bool:
         """A view with static strides that kernels of ours alone read: they are given its address, and no tensor is made for it."""
         return is_view(node) and bool(node.users) and value(node).dtype == value(node.args[0]).dtype and all(isinstance(n, int) for x in (node, node.args[0]) for n in (*value(x).shape, *value(x).stride(), value(x).storage_offset())) \
-            and all(self._is_virtual(u) or (is_launch(u) and is_direct(u.target)) for u in node.users)
+            and all(self._is_virtual(u) or (is_launch(u) and self._is_step(u.target)) for u in node.users)
 
     def _behind(self, node: Node) -> Node:
         """What a virtual view is a view of."""
@@ -128,6 +134,7 @@ class Launches(Vocabulary):
         if self.live.bases[behind] & self.live.written:  # a copy would not see later writes, and writes to it would be lost
             other = self._name(f"{name}_laid_out")
             self.body.append(f"{other} = {name} if {name}.stride() == {_tuple(strides)} else {laid_out}")
+            self.targets[behind] = other
             return other
         self.known_layout.add(behind)
         self.body.append(f"if {name}.stride() != {_tuple(strides)}: {name} = {laid_out}")
@@ -140,29 +147,31 @@ class Launches(Vocabulary):
         self._flush()
         self.body.append(text)
 
-    def _step(self, entry: str, where: list[tuple[str, int]], integers: str, doubles: str, said: str, made: Collection, alone: str | None = None) -> None:
-        """A launch that may join those before and behind it in one call; what it needs besides is in the body already. alone: the line where it does not."""
-        self.run.append((entry, where, integers, doubles, said, alone))
+    def _step(self, entry: str, where: list[tuple[str, int]], integers: str, doubles: str, said: str, made: Collection, alone: str | None = None, status: int | None = None) -> None:
+        """A launch that may join those before and behind it in one call; what it needs besides is in the body already. alone: the line where it does not; status: which of ``where`` says that an index is out of range."""
+        self.run.append((entry, where, integers, doubles, said, alone, status))
         self.run_made |= made
 
-    def _index_copy(self, node: Node) -> bool:
-        """A cache's update as a step of a run; False where that is not known to be right, or long."""
-        into, dim, index, source = node.args
-        shapes = [value(x) for x in (into, index, source)]
-        if self.driver is None or self.symbols or not all(x.device.type == "cpu" and x.layout is torch.strided and all(isinstance(n, int) for n in (*x.shape, *x.stride(), x.storage_offset())) for x in shapes):
+    def _copy(self, node: Node) -> bool:
+        """An index_copy_ or copy_, a cache's update, as a step of a run; False where that is not known to be right, or long."""
+        whole = node.target is aten.copy_.default
+        into, dim, index, source = (node.args[0], None, *[node.args[1]] * 2) if whole else node.args
+        shapes = [value(x) for x in (into, index, source)] if isinstance(source, Node) and is_tensor(source) else []
+        if not shapes or len(node.args) > (2 if whole else 4) or node.kwargs or self.driver is None or self.symbols or not all(x.device.type == "cpu" and x.layout is torch.strided and all(isinstance(n, int) for n in (*x.shape, *x.stride(), x.storage_offset())) for x in shapes):
             return False
         into_value, index_value, source_value = shapes
-        if (not 0 < into_value.dim() == source_value.dim() <= COPY_DIMS or index_value.dim() > 1 or index_value.dtype != torch.int64 or into_value.dtype != source_value.dtype or source_value.numel() > COPY_MOST
+        if (not 0 < into_value.dim() == source_value.dim() <= COPY_DIMS or not whole and (index_value.dim() > 1 or index_value.dtype != torch.int64) or whole and into_value.shape != source_value.shape or into_value.dtype != source_value.dtype or source_value.numel() > COPY_MOST
                 or source_value.is_complex() or self.live.bases[into] & (self.live.bases[source] | self.live.bases[index]) or not self.names.get(into, "").isidentifier()
                 or any(x in self.virtual or x in self.inline for x in (into, index, source))):
             return False
-        dim %= into_value.dim()
+        dim = -1 if whole else dim % into_value.dim()
         own = self.targets.get(into) or self._laid_out(into)
         given = [self._laid_out(x) for x in (index, source)]
-        numbers = [into_value.dim(), dim, into_value.element_size(), into_value.shape[dim], index_value.stride(0) if index_value.dim() else 0, *source_value.shape, *into_value.stride(), *source_value.stride()]
+        numbers = [into_value.dim(), dim, into_value.element_size(), into_value.shape[dim], index_value.stride(0) if index_value.dim() and not whole else 0, *source_value.shape, *into_value.stride(), *source_value.stride()]
         integers, doubles = self._once("index_copy_integers", f"integers({', '.join(map(str, numbers))})"), self._once("index_copy_floats", "floats()")
-        self._step('"index_copy"', [(own, 0), *((t, 0) for t in given)], integers, doubles, "", frozenset(), f"{own}.index_copy_({dim}, {self._argument(index)}, {self._argument(source)})")
-        if own != self.names[into] and into not in self.targets:
+        self._step('"index_copy"', [(own, 0), *((t, 0) for t in given)], integers, doubles, "", frozenset(), f"{own}.copy_({self._argument(source)})" if whole else f"{own}.index_copy_({dim}, {self._argument(index)}, {self._argument(source)})")
+        if own not in (self.names[into], *self.returned):
+            self.returned.add(own)
             self.after.append(f"if {own} is not {self.names[into]}: {self.names[into]}.copy_({own})")
         self.names[node] = self.names[into]
         if (version := self.names[into]) not in self.versions:
@@ -174,13 +183,13 @@ class Launches(Vocabulary):
 
     def _flush(self) -> None:
         """The launches so far into the body: as one call, if there are several."""
-        run, self.run, self.run_made, self.run_written, self.targets = self.run, [], set(), set(), {}
-        if len(run) == 1:
-            (entry, where, integers, doubles, said, alone), = run
+        run, self.run, self.run_made, self.run_written, self.targets, self.returned = self.run, [], set(), set(), {}, set()
+        if len(run) == 1 and run[0][-1] is None:
+            (entry, where, integers, doubles, said, alone, _), = run
             self.body.append(alone or self._called(entry, where, integers, doubles, entry) + said)
         elif run:
             rows, given, kept = [], {}, None
-            for entry, where, integers, doubles, said, _ in run:
+            for entry, where, integers, doubles, said, _, status in run:
                 texts = []
                 for tensor, offset in where:
                     if tensor in self.made:
@@ -191,7 +200,7 @@ class Launches(Vocabulary):
                     else:
                         given[tensor] = None
                     texts.append(f'"{tensor} + {offset}"' if offset else f'"{tensor}"')
-                rows.append(f"    ({entry}, {_tuple(texts)}, {integers}, {doubles}),{said}")
+                rows.append(f"    ({entry}, {_tuple(texts)}, {integers}, {doubles}{'' if status is None else f', {status}'}),{said}")
             name = self._name("run")
             self.ahead += [f"{name} = launches({self._object('driver', self.driver)}, ({''.join(f'{t!r}, ' for t in given)}),", *rows, ")"]
             self.made.append(name)
@@ -213,6 +222,11 @@ class Launches(Vocabulary):
 def is_direct(launch: Launch) -> bool:
     """Is the kernel called with packed pointers and numbers, without a function in between?"""
     return launch.run is None and launch.kernel is not None and launch.kernel.language == "cpp"
+
+
+def is_checked(launch: Launch) -> bool:
+    """Does the kernel say in its last output whether an index was out of range, and hold all sizes?"""
+    return launch.kernel is not None and launch.kernel.language == "cpp" and launch.layouts is not None and getattr(launch.run, "recipe", ("",))[0] == "checked"
 
 
 def _offset(node: Node) -> int:

@@ -6,7 +6,7 @@ space: pointwise nodes of one number of elements, reductions over the same colum
 (positions, masks, constants: nothing is read) belong to no group; whoever needs one computes it.
 
 Views are never materialised: a value is lifted through them, and a group's result that is needed as a view is stored as it is
-and viewed outside.
+and viewed outside. An update in place (of a KV cache) is a call; what reads its memory is of a depth behind it, and before the next one (memory_order.py).
 """
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from ..compiler.ir.graph import is_tensor, shape, value
 from ..compiler.ir.index import groups_of_dims
 from ..compiler.ir.lift import POINTWISE, ROWS
 from ..compiler.ir.views import VIEWS
+from .liveness import is_inplace
+from .memory_order import memory_order
 
 aten = torch.ops.aten
 #: op -> kind; over dims args[1], kept if args[2]
@@ -111,7 +113,10 @@ class Partition:
     def __init__(self, gm: GraphModule, outside: set[Node], device: str):
         self.order = {node: k for k, node in enumerate(gm.graph.nodes)}
         self.computed = {node for node in gm.graph.nodes if node not in outside and computes(node, device)}
-        self.written = _written(gm)
+        self.device = device
+        self.memory = memory_order(gm.graph)
+        self.before_in_memory = self.memory.before(self.order) if self.memory else {}
+        self.copied = {n for n in gm.graph.nodes if is_view(n) and self.memory.copies_quietly(n)} if self.memory else set()  # what they hold is not what their source holds later
         self.free = self._free(gm)
         self.depth = self._depths(gm)
         self.group_of: dict[Node, Group] = {}
@@ -164,7 +169,7 @@ class Partition:
         free: set[Node] = set()
         for node in gm.graph.nodes:
             tensors = [a for a in node.all_input_nodes if is_tensor(a)]
-            cheap = node in self.computed and node.target not in _EXPENSIVE and node.target not in REDUCTIONS or is_view(node)
+            cheap = node in self.computed and node.target not in _EXPENSIVE and node.target not in REDUCTIONS and node not in self.before_in_memory or is_view(node)
             if cheap and (all(a in free for a in tensors) or (all(a in free or a.op in ("placeholder", "get_attr") for a in tensors) and self._is_spread(node))):
                 free.add(node)
         return free
@@ -184,8 +189,8 @@ class Partition:
         depth: dict[Node, int] = {}
         for node in gm.graph.nodes:
             inside = node in self.computed or is_view(node)
-            depth[node] = max((depth[a] for a in node.all_input_nodes), default=0)
-            if not inside and node.op == "call_function" and is_tensor_result(node):
+            depth[node] = max((depth[a] for a in (*node.all_input_nodes, *self.before_in_memory.get(node, ()))), default=0)
+            if not inside and node.op == "call_function" and (is_tensor_result(node) or is_inplace(node)):
                 depth[node] += 1
         for node in reversed(gm.graph.nodes):  # a value that nobody needs before a later depth is computed there, if that keeps nothing alive longer
             if node in self.computed and node not in self.free and node.users:
@@ -199,7 +204,7 @@ class Partition:
     def _may_wait(self, node) -> bool:
         inputs = [a for a in node.all_input_nodes if is_tensor(a)]
         kept = sum((numel(a) for a in inputs if a.op not in ("placeholder", "get_attr")), sympy.Integer(0))
-        return bool((numel(node) - kept).is_nonnegative) and not any(a in self.written for a in inputs)
+        return bool((numel(node) - kept).is_nonnegative) and node not in self.before_in_memory
 
     def producers(self, node) -> list[Node]:
         """The computed nodes behind a node, through views."""
@@ -263,13 +268,16 @@ class Partition:
                 self.before.add_edge(p, second)
         self.before.remove_node(first)
 
+    def depends(self, first: Group, second: Group) -> bool:
+        """Does the second need, over others of its depth, what the first computes?"""
+        return nx.has_path(self.before, first, second)
+
     def siblings(self, groups: list[Group], reads: Callable[[Group], set[Node]]) -> list[list[Group]]:
         """Groups of one depth that read a tensor in common and do not depend on each other: bundles that share a launch."""
         bundles: list[list[Group]] = []
         for group in groups:
             for bundle in bundles:
-                if bundle[0].depth == group.depth and any(reads(group) & reads(other) for other in bundle) and not any(
-                        nx.has_path(self.before, a, b) for x in bundle for a, b in ((x, group), (group, x))):
+                if bundle[0].depth == group.depth and any(reads(group) & reads(other) for other in bundle) and not any(self.depends(*pair) for x in bundle for pair in ((x, group), (group, x))):
                     bundle.append(group)
                     break
             else:
@@ -293,27 +301,3 @@ def is_tensor_result(node: Node) -> bool:
     """Does a call make new tensors (a tensor, or a tuple of them)? getitem does not."""
     known = node.meta.get("val")
     return getattr(node.target, "__name__", "") != "getitem" and (isinstance(known, torch.Tensor) or isinstance(known, (tuple, list)))
-
-
-def _written(gm) -> set[Node]:
-    """Tensors that the graph writes in place, with their views: a kernel that moves must not read them."""
-    written: set[Node] = set()
-    for node in gm.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if node.op == "call_function" and schema is not None and schema.is_mutable:
-            for a, argument in zip(node.args, schema.arguments):
-                if isinstance(a, Node) and argument.alias_info is not None and argument.alias_info.is_write:
-                    written.add(a)
-    changed = True
-    while changed:
-        changed = False
-        for node in gm.graph.nodes:
-            if is_view(node) and node not in written and any(a in written for a in node.all_input_nodes):
-                written.add(node)
-                changed = True
-            if is_view(node) and node in written:
-                for a in node.all_input_nodes:
-                    if is_tensor(a) and a not in written:
-                        written.add(a)
-                        changed = True
-    return written

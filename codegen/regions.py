@@ -26,6 +26,7 @@ from .partition import REDUCTIONS, Group, Partition, is_view, reduced_dims
 aten = torch.ops.aten
 MAX_NODES = 4000  # of one expression: beyond, printing and compiling it take seconds
 MAX_NESTS = 8  # of one kernel
+SMALL = 4096  # elements that torch goes through in a microsecond, a third of what its call takes
 _NARROW = (torch.int32, torch.int16, torch.int8, torch.uint8)
 _MAY_WRAP = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Tensor, aten.rsub.Scalar, aten.mul.Tensor, aten.mul.Scalar, aten.neg.default, aten.abs.default, aten.pow.Tensor_Scalar, aten.square.default}
 
@@ -51,10 +52,11 @@ def find_regions(gm: GraphModule, device: str = "cpu") -> list[ir.Region]:
 
 
 def _regions(partition: Partition, gm: GraphModule, memo: dict):
-    built, refused = [], set()
+    built, refused, small = [], set(), []
     for group in partition.groups():
         outputs = _outputs(partition, group)
         if not outputs or not _worth(group, outputs):
+            small += [(group, outputs)] if outputs and partition.device == "cpu" and _is_small(outputs) else []
             continue
         try:
             built.append((group, _lifted(partition, gm, group, outputs, memo)))
@@ -64,7 +66,21 @@ def _regions(partition: Partition, gm: GraphModule, memo: dict):
         return [], refused
     parts = dict(built)
     bundles = partition.siblings(list(parts), lambda g: {n for n in parts[g].inputs if is_tensor(n) and value(n).dim() > 1})
-    return [_bundle([parts[g] for g in bundle[k:k + MAX_NESTS]]) for bundle in bundles for k in range(0, len(bundle), MAX_NESTS)], set()
+    bundles = [bundle[k:k + MAX_NESTS] for bundle in bundles for k in range(0, len(bundle), MAX_NESTS)]
+    for group, outputs in small:
+        host = next((b for b in bundles if b[0].depth == group.depth and len(b) < MAX_NESTS and not any(partition.depends(*pair) for g in b for pair in ((g, group), (group, g)))), None)
+        try:
+            if host is not None:
+                parts[group] = _lifted(partition, gm, group, outputs, memo)
+                host.append(group)
+        except NoNest:  # it stays a call
+            pass
+    return [_bundle([parts[g] for g in bundle]) for bundle in bundles], set()
+
+
+def _is_small(outputs) -> bool:
+    """A single operation on few elements, of which torch's call would take most of the time: it goes along in another's kernel, and its launch costs nothing."""
+    return all(n.target is not aten.lift_fresh_copy.default and (count := sympy.Mul(*shape(n))).is_Integer and count <= SMALL and all((size_ := sympy.Mul(*shape(a))).is_Integer and size_ <= SMALL for a in n.all_input_nodes if n.target in REDUCTIONS) for n in outputs)
 
 
 def _outputs(partition, group) -> list[Node]:
@@ -189,6 +205,8 @@ class _Space:
 
 
 def _lifted(partition, gm, group: Group, outputs: list[Node], memo: dict) -> ir.Region:
+    if partition.copied & _through_views(group.nodes):
+        raise NoNest(set(outputs), "reads a copy of a tensor that is written in place")
     key, leaves = _signature(partition, group, outputs)
     if key not in memo:
         memo[key] = _body(partition, group, outputs, leaves)
@@ -222,8 +240,6 @@ def _body(partition, group, outputs, leaves) -> tuple[ir.Body, list[int]]:
         raise NoNest(_latest(group), "too long an expression")
     used = {e.args[0] for x in everything for e in sc.loads(x)}
     inputs = [node for node, symbol in lift.captures.items() if symbol in used]
-    if any(node in partition.written for node in inputs):
-        raise NoNest(set(outputs), "reads a tensor that is written in place")
     place = {n: k for k, n in enumerate(leaves)}
     if beyond := {n for n in inputs if n not in place}:
         raise NoNest(beyond & partition.computed or set(outputs), "reads a tensor beyond its leaves")
@@ -242,6 +258,17 @@ def _body(partition, group, outputs, leaves) -> tuple[ir.Body, list[int]]:
                    tuple(dataclasses.replace(o, expr=rename(o.expr)) for o in written))
     checks = tuple(ir.Check(0, rename(e), low, high) for e, low, high in lift.checks)
     return ir.Body((nest,), *tensors, tuple(sorted(sizes, key=str)), checks, len(group.nodes)), [place[n] for n in inputs]
+
+
+def _through_views(nodes):
+    """The views that nodes read, and those that these are of."""
+    found, stack = set(), [a for n in nodes for a in n.all_input_nodes]
+    while stack:
+        a = stack.pop()
+        if is_view(a) and a not in found:
+            found.add(a)
+            stack += a.all_input_nodes
+    return found
 
 
 def _latest(group):

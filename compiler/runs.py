@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import functools
 
+from ..runtime.launches import OUT_OF_RANGE
+
 RUNS: dict = {}
 
 
@@ -28,7 +30,7 @@ def checked(tensors: int):
             outs[-1].zero_()
             launch([*outs, *ins[:tensors]], ins[tensors:], ())
             if outs[-1].item():
-                raise IndexError("index out of range in self: an embedding or an index op reads beyond its table")
+                raise IndexError(OUT_OF_RANGE)
 
         return region_kernel
 

@@ -52,6 +52,7 @@ class Choice:
     run: Callable[[Callable], Callable] | None = None
     has_layout: bool = False  # the kernel holds its tensors' sizes and strides: none are passed
     interpreted: bool = False
+    nodes: frozenset[Node] = frozenset()  # all that the kernel computes, of a region
     inplace: tuple[tuple[int, int], ...] = ()  # (output, input) that may be one memory: the kernel reads that input's element once, before it writes the same one of the output
 
 
@@ -202,10 +203,10 @@ def region(found: Region, target: str = "cpp") -> Choice:
         return Choice("region", error.what)
     if not body.checks:
         count = len(body.inputs)
-        return Choice("region", reason, kernel=kernel, inputs=found.inputs[:count], outputs=found.outputs, ints=tuple(found.inputs[count:]), has_layout=not body.sizes)
+        return Choice("region", reason, kernel=kernel, inputs=found.inputs[:count], outputs=found.outputs, ints=tuple(found.inputs[count:]), has_layout=not body.sizes, nodes=frozenset(found.nodes))
     with value(found.outputs[0]).fake_mode:
         status = torch.empty(1, dtype=torch.int32)
-    return Choice("region", reason, kernel=kernel, inputs=found.inputs, outputs=[*found.outputs, status], run=checked(len(body.inputs)))
+    return Choice("region", reason, kernel=kernel, inputs=found.inputs, outputs=[*found.outputs, status], run=checked(len(body.inputs)), has_layout=not body.sizes, nodes=frozenset(found.nodes))
 
 
 def _triton_region(found: Region, reason: str) -> Choice:
@@ -220,7 +221,7 @@ def _triton_region(found: Region, reason: str) -> Choice:
     except UnsupportedError as error:
         return Choice("region", error.what)
     count = len(body.inputs)
-    choice = Choice("region", reason, kernel=kernel, inputs=found.inputs[:count], outputs=found.outputs, ints=tuple(found.inputs[count:]), has_layout=not body.sizes, interpreted=device.type == "cpu")
+    choice = Choice("region", reason, kernel=kernel, inputs=found.inputs[:count], outputs=found.outputs, ints=tuple(found.inputs[count:]), has_layout=not body.sizes, interpreted=device.type == "cpu", nodes=frozenset(found.nodes))
     if any(value(x).device != device for x in choice.inputs):  # scalars that live on the host
         choice.inputs, choice.ints, choice.run = found.inputs, (), _moved(count, device)
     return choice
