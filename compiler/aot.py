@@ -21,13 +21,13 @@ from .autocast import is_on as autocast_is_on
 
 def compile_graph(gm: GraphModule, example_inputs, lower: Callable[[GraphModule, bool], Callable]):
     """Differentiate and functionalise a rewritten graph; ``lower(graph, is_backward)`` turns every resulting graph into a callable."""
-    captured = gm.graph.find_nodes(op="placeholder")
+    weights = [(n.meta.get("label") or n.name) if n.meta.get("is_static") or n.meta.get("is_weight") else "" for n in gm.graph.find_nodes(op="placeholder")]
     casts_are_ops = autocast_is_on() and not is_under_autocast(gm)
 
     def compiler(is_backward, is_inference=False):
         def compile_one(graph: GraphModule, inputs):
             if is_inference:
-                name_weights(graph, captured)
+                name_weights(graph, weights)
             made = lower(graph, is_backward)
             if (context := TracingContext.try_get()) is not None and context.fw_metadata is not None:
                 context.fw_metadata.bw_donated_idxs = []  # nothing here writes over saved tensors, so backward(retain_graph=True) may run
@@ -42,13 +42,12 @@ def compile_graph(gm: GraphModule, example_inputs, lower: Callable[[GraphModule,
         return backend(gm, example_inputs)
 
 
-def name_weights(graph: GraphModule, captured: Sequence[Node]) -> None:
-    """meta["weight"] = its name, on every input of an inference graph that was a weight when it was captured: AOT says by a descriptor which input that was."""
+def name_weights(graph: GraphModule, weights: Sequence[str]) -> None:
+    """meta["weight"] = its name, on every input of an inference graph that was a weight when it was captured (weights: names by input, "" for others): AOT says by a descriptor which input that was."""
     for node in graph.graph.find_nodes(op="placeholder"):
         described = node.meta.get("desc")
-        source = captured[described.idx] if isinstance(described, PlainAOTInput) and described.idx < len(captured) else None
-        if source is not None and (source.meta.get("is_static") or source.meta.get("is_weight")):
-            node.meta["weight"] = source.meta.get("label") or source.name
+        if isinstance(described, PlainAOTInput) and described.idx < len(weights) and weights[described.idx]:
+            node.meta["weight"] = weights[described.idx]
 
 
 def wrapper_does(inputs: int, guards: int) -> str:

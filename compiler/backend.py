@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from torch.fx import GraphModule
 from . import executable_cache, log
 from .capture import when_compiled
 from .degrade import watch
+from .ir.graph import without_history
 from .ir.heap import give_back
 from .ir.huge_pages import collapse
 from .labels import label_inputs
@@ -67,6 +69,7 @@ def _compile(gm: GraphModule, example_inputs, options, mode, report: Report, bui
     before, guards, executables = report.mark(), guard_count(), []
 
     def finish(graph: GraphModule, is_backward: bool):
+        without_history(graph.graph)
         gc.collect(0)  # what capture, passes and AOT left in cycles, before lowering makes as many objects again: Python gives back no memory that a few lasting objects are spread over
         if keep:
             report.aot.append(AotGraph(_copy(graph), is_backward, number))
@@ -81,6 +84,7 @@ def _compile(gm: GraphModule, example_inputs, options, mode, report: Report, bui
             log.get("passes").info("graph %d: %s", number, dict(report.counts) or "nothing fused")
             warnings = len(report.warnings)
             begin(rewritten)
+            gc.collect(0)  # as in finish
             compiled = compile_graph(rewritten, example_inputs, finish)
         if key is not None:
             refused = _not_kept(executables, len(example_inputs), guards, degraded=len(report.warnings) > warnings)
@@ -128,14 +132,24 @@ def rewrite(gm: GraphModule, example_inputs, options: Options, report: Report, s
         report.captured.append(_copy(captured))
     with as_it_will_run(captured):
         rewritten = run(captured, passes.PIPELINE, options, report, settled)
-    if report.detailed and options.int8 is not None:
-        from . import int8_choice
-
-        report.int8_errors |= int8_choice.errors(rewritten, example_inputs)
+    if options.int8 is not None and options.passes.get("int8", True):
+        _note_int8(rewritten, example_inputs, options.int8, report)
     report.graphs.append(rewritten)
     if options.gqa is not None:
         report.merged += merged_heads(rewritten, example_inputs, len(report.graphs) - 1)
     return rewritten
+
+
+def _note_int8(rewritten: GraphModule, example_inputs, settings, report: Report) -> None:
+    """What becomes of every layer into the report; what nobody would see otherwise, a misspelt layer, into the log."""
+    from ..passes.int8 import names
+    from . import int8_choice
+
+    if report.detailed:
+        report.int8_errors |= int8_choice.errors(rewritten, example_inputs)
+        report.int8 += int8_choice.left(rewritten.graph, settings, len(report.graphs))
+    for message in int8_choice.unknown_names(settings, names(rewritten.graph)):
+        log.get("passes").log(logging.WARNING if "did you mean" in message else logging.INFO, "graph %d: %s", len(report.graphs), message)  # other names may be those of another graph
 
 
 def _copy(gm: GraphModule) -> GraphModule:

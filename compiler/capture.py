@@ -26,7 +26,7 @@ from . import log
 from .autocast import make_casts_explicit, off
 from .fast_paths import PARTS
 from .grad_regions import make_explicit
-from .ir.graph import source_of
+from .ir.graph import source_of, without_history
 from .vmapped import is_transform
 
 
@@ -129,6 +129,7 @@ def capture(gm: GraphModule, example_inputs) -> GraphModule:
         node.meta["is_weight"] = isinstance(example, torch.nn.Parameter)
         node.meta["is_static"] = node.meta["is_weight"] or getattr(example, "_dynamo_static_input_type", None) is not None  # a module's buffer, or torch._dynamo.mark_static_address
         node.meta["requires_grad"] = isinstance(example, torch.Tensor) and example.requires_grad
+    without_history(captured.graph)
     captured.meta["promised_sizes"] = _promised(mode)
     captured.meta["under_autocast"] = not make_casts_explicit(captured.graph)
     make_explicit(captured.graph)

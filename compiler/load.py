@@ -17,11 +17,21 @@ from .ir.text import Text
 _numbers = itertools.count()
 
 
+class _Lines:
+    """A loader, as far as linecache asks: the text that is there anyway, split once a traceback wants it. Hundreds of short strings, split early, would outlive the compilation and hold its memory."""
+
+    def __init__(self, source: str):
+        self.source = source
+
+    def get_source(self, name: str) -> str:
+        return self.source
+
+
 def load(text: Text) -> Callable:
     """The function that a text defines."""
     names = {"torch": torch, "restride": restride, "empty_strided": torch.empty_strided, "pointers": launch.pointers, "integers": launch.integers, "floats": launch.floats, "launches": launches, "increment_version": increment_version, **text.objects}
-    file = f"<tileweld executable {next(_numbers)}>"
-    linecache.cache[file] = (len(text.source), None, text.source.splitlines(keepends=True), file)  # so that a traceback shows its lines
+    file = f"<tileweld executable>.{next(_numbers)}"  # linecache looks up no name that ends with ">"
+    linecache.lazycache(file, {"__name__": file, "__loader__": _Lines(text.source)})  # so that a traceback shows its lines
     exec(compile(text.source, file, "exec"), names)
     workspaces = None
     if text.lives is not None:

@@ -1,5 +1,6 @@
 """Capture and AOT: the private torch calls they rest on, one test each, so that an upgrade of torch breaks here first."""
 import torch
+from tileweld import explain
 from tileweld.compiler import aot, capture
 from tileweld.compiler.ir.graph import source_of
 from torch import nn
@@ -145,3 +146,10 @@ def test_storages_are_told_apart_and_optimizers_are_heard():
         assert heard == [optimizer] and p._version == version  # a fused step leaves the version as it is
     finally:
         handle.remove()
+
+
+def test_a_captured_graph_has_no_history_of_other_graphs():
+    """Memory: what make_fx notes of earlier graphs, and a second copy of sizes and strides, is a third of a graph's objects."""
+    report = explain(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()), torch.randn(2, 4))
+    metas = [n.meta for gm in (*report.captured, *report.graphs) for n in gm.graph.nodes]
+    assert len(metas) > 6 and not any({"from_node", "tensor_meta"} & m.keys() for m in metas) and sum("val" in m for m in metas) >= len(metas) - 2

@@ -1,5 +1,6 @@
 """The executable in whole models: results outlive later calls, memory is planned, symbolic lengths, training keeps what it saved."""
 import functools
+import linecache
 
 import pytest
 import torch
@@ -58,3 +59,12 @@ def test_two_forwards_before_their_backwards(executables):
     for got, x in zip(grads, reversed(inputs)):
         torch.testing.assert_close(got, torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()]), rtol=1e-5, atol=1e-6)
     assert len(executables) == 2
+
+
+def test_a_traceback_finds_the_lines_of_an_executable(executables):
+    """Its text is kept whole, and split when somebody looks: no line of it is there before."""
+    torch.compile(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()), backend="tileweld", dynamic=False)(torch.randn(2, 4))
+    run = executables[0]
+    file = run.__code__.co_filename
+    assert len(linecache.cache[file]) == 1  # a lazy entry
+    assert linecache.getlines(file) == run.text.source.splitlines(keepends=True) and linecache.getline(file, run.__code__.co_firstlineno).startswith("def graph(")
