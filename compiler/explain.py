@@ -10,6 +10,7 @@ from .backend import tileweld
 from .capture import breaks_seen
 from .cost_report import launches
 from .degrade import no_graph
+from .int8_choice import unknown_names, with_errors
 from .labels import label_inputs
 from .lower import note_folded, settle
 from .options import Options
@@ -57,6 +58,11 @@ def trace(fn: Callable, args=(), kwargs=None, *, dynamic: bool | None = None, op
             report.kernels.append(KernelUse(choice.op, name, choice.reason, aot.graph))
             if choice.kernel is not None and choice.kernel not in report.sources:
                 report.sources.append(choice.kernel)
+    if isinstance(fn, torch.nn.Module):
+        report.int8 = with_errors(report.int8, fn)
+    if checked.int8 is not None:
+        for message in unknown_names(checked.int8, {name for row in report.int8 for name in row.name.split(" + ")}):
+            report.warn(message)
     return report
 
 

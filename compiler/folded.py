@@ -28,6 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..codegen.liveness import Liveness, is_view
 from . import log
+from .errors import TileweldError
 from .ir.graph import computed_from, value
 from .ir.huge_pages import settled
 from .ir.weights import is_getitem, is_pure
@@ -183,8 +184,12 @@ class Folded:
         return kept.make(weights, self._compute), kept
 
     def _compute(self, *weights):
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            made = self._gm(*weights)
+        try:
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                made = self._gm(*weights)
+        except TileweldError as error:  # a weight that int8 cannot hold: which one of a hundred
+            error.where = error.where or ", ".join(self.sources)
+            raise
         if not isinstance(made, (list, tuple)):
             return _laid_out(made, *self.layouts[0])
         return [_laid_out(x, *layout) for x, layout in zip(made, self.layouts)]

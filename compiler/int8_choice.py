@@ -4,8 +4,10 @@ A product whose weights are int8 in the model already has no floats to go back t
 """
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -14,6 +16,7 @@ from .capture import real_tensors
 from .int8_use import Int8Use
 from .ir.graph import is_call, value
 from .ir.int8_linear import arguments, dequantized
+from .ir.int8_scheme import Int8, matches
 from .row_max import take_none_unread
 
 tileweld = torch.ops.tileweld
@@ -99,6 +102,33 @@ def uses(graph: Graph, known: Mapping[tuple, float], apart: Mapping[str, str], n
             error = known.get(_key(names, weight)) if weight is not None else None
             found.append(Int8Use(" + ".join(n.rpartition(".")[0] or n for n in names), shape, node.args[10], reason is None, why, error, shape[0] * shape[1] * item, shape[0] * shape[1] + 4 * value(scale).numel(), number))
     return found
+
+
+def left(graph: Graph, settings: Int8, number: int) -> list[Int8Use]:
+    """A row for every weight that stays float although int8 was asked for, of a graph behind the passes."""
+    from ..passes.int8 import left_float
+
+    found = []
+    for weight, name, why in left_float(graph, settings):
+        shape, item = tuple(int(n) for n in value(weight).shape), value(weight).element_size()
+        found.append(Int8Use(name or weight.name, shape, settings.activation, False, why, None, shape[0] * shape[1] * item, shape[0] * shape[1] + 4 * shape[0] * (shape[1] // settings.group if settings.group else 1), number))
+    return found
+
+
+def unknown_names(settings: Int8, known: Collection[str]) -> list[str]:
+    """What to say of every entry of `skip` that means none of these modules: misspelt, it would quantise the layer that was to be left alone."""
+    found = []
+    for pattern in settings.skip if known else ():
+        if not any(matches(name, pattern) for name in known):
+            near = get_close_matches(pattern, sorted({part for name in known for part in (name, name.rpartition(".")[2])}), n=1, cutoff=0.7)
+            found.append(f"options['int8']: skip names {pattern!r}, which is no linear layer of this graph" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return found
+
+
+def with_errors(rows: list[Int8Use], model: torch.nn.Module) -> list[Int8Use]:
+    """The same with the errors that modules have noted when they were quantised (convert.quantize_)."""
+    modules = dict(model.named_modules())
+    return [dataclasses.replace(r, error=getattr(modules.get(r.name), "error", None)) if r.error is None and hasattr(modules.get(r.name), "q") else r for r in rows]
 
 
 def table(rows: list[Int8Use]):

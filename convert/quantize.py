@@ -2,19 +2,21 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
 
-from ..compiler.errors import ConversionError
+from ..compiler.errors import ConversionError, OptionError
 from ..compiler.ir.heap import give_back
 from ..compiler.ir.huge_pages import empty
 from ..compiler.ir.int8_linear import dequantized, quantized
-from ..compiler.ir.int8_scheme import Int8
+from ..compiler.ir.int8_scheme import Int8, matches
 from .calibrate import input_maxima
 from .int8_modules import Int8Embedding, Int8Linear
 from .linears import check_plain
@@ -74,7 +76,7 @@ def quantize_(model: nn.Module, scheme: str | dict = "weight_only", filter_fn: C
     """Replace linear layers by `Int8Linear`, in place. Everything is checked before anything is changed; on an error the model is as it was.
 
     model:     any module; its nn.Linear (and Hugging Face's Conv1D) are replaced, exact types only, one after the other, so that their float weights are freed on the way.
-    scheme:    "weight_only", "dynamic", "llm_int8", or a dict as in options={"int8": ...}.
+    scheme:    "weight_only", "dynamic", "llm_int8", or a dict as in options={"int8": ...}, to which the other arguments add.
     filter_fn: (module, name) -> bool, whether to replace it; in addition to skip and lm_head. Adapters (names with "lora_") are never replaced.
     group, skip, lm_head, threshold: see compiler/ir/int8_scheme.py.
     calibration: for llm_int8, batches (see convert/calibrate.py): the outlier columns are then those that reach the threshold on them, or RELATIVE times the
@@ -84,10 +86,10 @@ def quantize_(model: nn.Module, scheme: str | dict = "weight_only", filter_fn: C
     Weights that several layers share stay shared. An nn.Embedding tied to a layer that is replaced reads the same int8 rows. Biases and scales become buffers:
     there is nothing left to train in a replaced layer. Eager calls run on the op's definition; compile the model to be fast.
     Raises ConversionError, naming the layer: a weight that is no finite float16, bfloat16 or float32, groups that do not divide, K too large for int32 sums,
-    hooks on a layer, nothing to replace; OptionError for wrong arguments.
+    hooks on a layer, nothing to replace; OptionError for wrong arguments, and for a name in skip that no module has.
     """
-    fields = {"group": group, "skip": skip, "lm_head": lm_head, "threshold": threshold}
-    settings = Int8.parse({**(scheme if isinstance(scheme, dict) else fields), "scheme": scheme["scheme"] if isinstance(scheme, dict) and "scheme" in scheme else scheme}, "quantize_")
+    settings = _settings(scheme, {"group": group, "skip": skip, "lm_head": lm_head, "threshold": threshold})
+    _check_skip(model, settings)
     if calibration is not None and settings.scheme != "llm_int8":
         raise ConversionError(f"{settings.scheme} takes no calibration", cure="its scales come from the weights and, at each call, from the rows; smooth_ takes calibration")
     chosen, left_out = _choose(model, settings, filter_fn)
@@ -114,6 +116,25 @@ def quantize_(model: nn.Module, scheme: str | dict = "weight_only", filter_fn: C
     return QuantizeReport(settings, layers, left_out, before, _bytes(model))
 
 
+def _settings(scheme: str | dict, fields: dict) -> Int8:
+    """The scheme with what was given beside it; what is said twice, and not alike, is refused."""
+    if not isinstance(scheme, dict):
+        return Int8.parse({**fields, "scheme": scheme}, "quantize_")
+    given = {name: value for name, value in fields.items() if value != inspect.signature(quantize_).parameters[name].default}
+    if twice := next((name for name in given if name in scheme and scheme[name] != given[name]), None):
+        raise OptionError(f"{twice} is {scheme[twice]!r} in the scheme and {given[twice]!r} beside it", where="quantize_", cure="say it once")
+    return Int8.parse({**given, **scheme}, "quantize_")
+
+
+def _check_skip(model: nn.Module, settings: Int8) -> None:
+    """A misspelt name must not quantise the layer that was to be left alone."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    for pattern in settings.skip:
+        if not any(matches(name, pattern) for name in names):
+            near = get_close_matches(pattern, {part for name in names for part in (name, name.rpartition(".")[2])}, n=1)
+            raise OptionError(f"skip names {pattern!r}, and the model has no such module", where="quantize_", cure=f"did you mean {near[0]!r}?" if near else f"its modules are {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}")
+
+
 def _key(module: nn.Module) -> tuple:
     return id(module.weight), type(module)
 
@@ -132,8 +153,8 @@ def _choose(model: nn.Module, settings: Int8, filter_fn) -> tuple[dict[str, nn.M
     heads = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, module in model.named_modules():  # a module that stands in two places is listed, and replaced, in the first; the others follow in _replace
         if _matrix(module) is None:
-            continue
-        if "lora_" in name:
+            left_out |= _matrices_left(name, module)
+        elif "lora_" in name:
             left_out[name] = "an adapter"
         elif (reason := settings.left_out(name, id(module.weight) in heads)) is not None:
             left_out[name] = reason
@@ -141,11 +162,26 @@ def _choose(model: nn.Module, settings: Int8, filter_fn) -> tuple[dict[str, nn.M
             left_out[name] = "left out by filter_fn"
         else:
             chosen[name] = module
+    if not chosen and any(isinstance(m, Int8Linear) for m in model.modules()):
+        raise ConversionError(f"{type(model).__name__} has no linear layer to quantise: those that it has are int8 already", cure="quantize_ a float model, once")
     if not chosen:
         raise ConversionError(f"{type(model).__name__} has no linear layer to quantise", cure="it needs nn.Linear modules" + ("; all of them are left out: " + ", ".join([*left_out][:4]) if left_out else ""))
     if "" in chosen:
         raise ConversionError("the model is a single nn.Linear, which cannot be replaced in place", cure="put it into a module, nn.Sequential(linear)")
     return chosen, left_out
+
+
+def _matrices_left(name: str, module: nn.Module) -> dict[str, str]:
+    """Float matrices of a module that is no linear layer, and no table: {their name: why they stay}. Experts in one tensor, or attention that multiplies by its own weights, may be most of a model."""
+    found = {}
+    if isinstance(module, nn.Embedding):
+        return found
+    for own, parameter in module._parameters.items():
+        if parameter is not None and parameter.dim() >= 2 and parameter.is_floating_point():
+            kind = type(module).__name__
+            why = "which its nn.MultiheadAttention multiplies by itself" if kind == "NonDynamicallyQuantizableLinear" else "a subclass of nn.Linear, whose forward may be another" if isinstance(module, nn.Linear) else "which is no nn.Linear"
+            found[f"{name}.{own}" if name else own] = f"a parameter {[*parameter.shape]} of a {kind}, {why}"
+    return found
 
 
 def _check(name: str, module: nn.Module, settings: Int8) -> None:
@@ -155,7 +191,12 @@ def _check(name: str, module: nn.Module, settings: Int8) -> None:
         raise ConversionError(problem[0], where=name, cure=problem[1])
     if not (_is_finite(weight) and (module.bias is None or _is_finite(module.bias))):
         raise ConversionError("its weight or bias has inf or NaN", where=name, cure="leave it out with skip or filter_fn")
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    check_unhooked(name, module)
+
+
+def check_unhooked(name: str, module: nn.Module) -> None:
+    """Refuse a module with hooks (weight_norm, pruning, accelerate set them): what takes its place would not have them. Raises ConversionError."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         raise ConversionError("it has hooks, which its replacement would not have", where=name, cure="remove them, quantise, and set them again")
 
 
@@ -182,7 +223,8 @@ def _replace(model, name, module, settings, columns, shared, tied) -> QuantizedL
     q, scale, error = made
     bias = module.bias.detach() if module.bias is not None else None
     threshold = settings.threshold if settings.activation == "mixed" else math.inf
-    _put(model, module, Int8Linear(q, scale, bias, settings.activation, threshold, columns, weight.dtype).train(module.training))
+    new = Int8Linear(q, scale, bias, settings.activation, threshold, columns, weight.dtype, error)
+    _put(model, module, new.train(module.training))
     notes = [] if is_first else ["shares the int8 rows of another layer"]
     for where, table in tied.pop(id(weight), []):
         if type(table) is nn.Embedding and table.max_norm is None and _matrix(module) is weight:

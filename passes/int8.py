@@ -76,6 +76,27 @@ def find(graph: Graph, settings: Int8 | None = None) -> Iterator[Match | Refusal
             yield match
 
 
+def left_float(graph: Graph, settings: Int8) -> Iterator[tuple[Node, str, str]]:
+    """(weight, its module, why it stays float) of every product that is still a tileweld::linear behind this pass, for the report."""
+    heads = _embeddings(graph)
+    for node in graph.find_nodes(op="call_function", target=tileweld.linear.default):
+        found = {}
+        for weight in node.args[1]:
+            try:
+                is_taken = _source(weight, node, settings, heads) is not None
+                found[weight] = "" if is_taken else settings.left_out(_name(weight), bool(_placeholders(weight) & heads)) or "its int8 rows are a model's own"
+            except Refused as refused:
+                found[weight] = refused.refusal.reason.partition(" stays float: ")[2] or refused.refusal.reason
+        is_mixed = any(found.values())
+        for weight, why in found.items():
+            yield weight, _name(weight), why or ("it meets another in one output (gate and up), which is not quantised alike" if is_mixed else "the rewrite was refused")
+
+
+def names(graph: Graph) -> set[str]:
+    """The modules of all weights that products read, of floats or int8."""
+    return {_name(w) for n in graph.nodes if is_call(n, tileweld.linear.default, tileweld.int8_linear.default) for w in n.args[1]}
+
+
 def _source(weight: Node, node: Node, settings: Int8 | None, heads: set[Node]) -> Source | None:
     """None: it stays float by what was asked for. Raises Refused where it cannot be what was asked for."""
     slices, below = [], weight

@@ -26,6 +26,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from ..errors import RefusalError
@@ -199,12 +200,13 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         weights, scales, sizes, texts = ctx.call.parts
+        again = torch.is_grad_enabled()  # create_graph: the gradient is to be differentiated, in what was given too
         with torch.enable_grad():
-            leaves = [t.detach().requires_grad_(needed) for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:])]
+            leaves = [t.view_as(t) if again and needed else t.detach().requires_grad_(needed) for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:])]
             outs = expanded(leaves[0], [dequantized(q, s, leaves[0].dtype) for q, s in zip(weights, scales)], leaves[1:], sizes, *texts)
-            wanted = [leaf for leaf in leaves if leaf.requires_grad]
-            found = iter(torch.autograd.grad(outs, wanted, grads, allow_unused=True))
-        return None, *(next(found) if leaf.requires_grad else None for leaf in leaves)
+            wanted = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad[1:]) if needed]
+            found = iter(torch.autograd.grad(outs, wanted, grads, allow_unused=True, create_graph=again))
+        return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
 
 
 class _Call:
@@ -220,6 +222,8 @@ class _Call:
 @torch.library.impl("tileweld::int8_linear", "Autograd", lib=_library)
 def _(x, weights, scales, captures, sizes, norm, eps, prologue, epilogues, pairs, activation, threshold, columns, row_max=None, maxima=()):
     texts, how = (norm, eps, prologue, epilogues, pairs), (activation, threshold, columns, row_max)
+    if fwAD._current_level >= 0 and any(fwAD.unpack_dual(t).tangent is not None for t in (x, *captures)):
+        raise NotImplementedError("tileweld::int8_linear has no forward-mode derivative (jvp): take the reverse mode, or a float model")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *captures)):
         return with_maxima(list(_StraightThrough.apply(_Call(weights, scales, sizes, texts, how), x, *captures)), maxima)
     return _Call(weights, scales, sizes, texts, (*how, maxima))(x, captures)

@@ -22,8 +22,8 @@ class Int8:
     """A scheme and where it applies.
 
     group:     columns that share a scale, 0 for the whole row; for weight_only alone.
-    skip:      names of modules that stay as they are: "model.layers.0.mlp.down_proj", its last parts ("down_proj"), or a pattern
-               ("model.layers.0.*") of either.
+    skip:      names of modules that stay as they are, with all that is in them: "model.layers.0.mlp.down_proj", its last parts ("down_proj", "layers.0"),
+               or a pattern ("model.layers.0.*") of either.
     lm_head:   quantise the projection to the vocabulary. None: for weight_only, where its error is that of any other layer and decoding reads it
                whole for every token; not for the other two, whose rounding of its input reaches every logit directly.
     threshold: of llm_int8, the magnitude that makes a column an outlier.
@@ -49,7 +49,7 @@ class Int8:
         for key in given:
             if key not in names:
                 raise OptionError.unknown("field of int8", key, names, where=where)
-        if given.get("scheme") not in SCHEMES:
+        if given.get("scheme") not in [*SCHEMES]:  # a list, which has no hash, is no scheme either
             raise OptionError.unknown("int8 scheme", given.get("scheme"), SCHEMES, where=where)
         skip = given.get("skip", ())
         checks = {"group": lambda v: type(v) is int and v >= 0, "skip": lambda v: isinstance(v, (list, tuple)) and all(isinstance(s, str) for s in v), "lm_head": lambda v: v is None or isinstance(v, bool),
@@ -61,6 +61,8 @@ class Int8:
         made = cls(**given | {"skip": tuple(skip), "threshold": float(given.get("threshold", 6.0))})
         if made.group and made.scheme != "weight_only":
             raise OptionError(f"groups of {made.group} with {made.scheme}", where=where, cure="an int32 sum has one scale a row: leave group at 0, or take weight_only")
+        if made.threshold != cls.threshold and made.scheme != "llm_int8":
+            raise OptionError(f"a threshold of {made.threshold:g} with {made.scheme}", where=where, cure="outliers belong to llm_int8: leave it out, or take that scheme")
         return made
 
     @property
@@ -74,7 +76,7 @@ class Int8:
 
     def left_out(self, name: str, is_head: bool = False) -> str | None:
         """Why the module of this name stays as it is by what was asked for; None if it does not."""
-        if named := next((pattern for pattern in self.skip if _matches(name, pattern)), None):
+        if named := next((pattern for pattern in self.skip if matches(name, pattern)), None):
             return f"left out by skip={named!r}"
         if (is_head or name.rpartition(".")[2] in HEADS) and not self.takes_head:
             return f"the projection to the vocabulary is left out of {self.scheme} (lm_head=True takes it in)"
@@ -93,6 +95,7 @@ class Int8:
         return None
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether an entry of `skip` means the module of this name, or one that it is in: by its name, the last parts of that, or a pattern of either."""
     parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[n:]), pattern) for n in range(len(parts))) or name.startswith(f"{pattern}.")
+    return any(fnmatch.fnmatchcase(".".join(parts[first:end]), pattern) for end in range(1, len(parts) + 1) for first in range(end))

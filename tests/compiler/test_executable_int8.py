@@ -55,13 +55,13 @@ def test_rows_are_made_of_this_process_weights_and_made_again_when_one_changes()
 
 NEAR = {"no int8": None, "another scheme": {"int8": {"scheme": "dynamic", "force": True}}, "groups": {"int8": {"scheme": "weight_only", "force": True, "group": 16}},
         "a layer left out": {"int8": {"scheme": "weight_only", "force": True, "skip": ["down"]}}, "a float head": {"int8": {"scheme": "weight_only", "force": True, "lm_head": False}},
-        "what pays": {"int8": {"scheme": "weight_only"}}, "a threshold": {"int8": {"scheme": "weight_only", "force": True, "threshold": 5.0}}}
+        "what pays": {"int8": {"scheme": "weight_only"}}, "a threshold": {"int8": {"scheme": "llm_int8", "force": True, "threshold": 5.0}}}
 
 
 @pytest.mark.parametrize("name", NEAR)
 def test_other_options_do_not_find_it(name):
     model, x = Block().eval(), torch.randn(3, 32)
-    twice(model, lambda: (x,), options={"int8": {"scheme": "weight_only", "force": True}})
+    twice(model, lambda: (x,), options={"int8": {"scheme": "llm_int8" if name == "a threshold" else "weight_only", "force": True}})
     assert not compiled(model, x, options=NEAR[name])[1].restored
 
 

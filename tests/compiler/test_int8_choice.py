@@ -8,6 +8,7 @@ import torch
 from tileweld import convert, explain
 from tileweld.compiler import pays
 from tileweld.compiler.backend import tileweld
+from tileweld.compiler.errors import RefusalError
 from tileweld.compiler.ir.int8_linear import dequantized, quantized
 from tileweld.compiler.report import Report
 from torch import nn
@@ -107,6 +108,51 @@ def test_explain_has_a_row_for_every_layer():
     assert report.int8[0].error == pytest.approx(error, rel=1e-4) and 38 < report.int8[0].sqnr_db < 50 and report.int8[0].bytes_before == 64 * 64 * 4 and report.int8[0].bytes_after == 64 * 64 + 64 * 4
     assert "too small to be timed" in str(report) and "SQNR" in str(report) and '"activation": "float"' in report.to_json()
     assert not explain(model, x).int8
+
+
+def test_explain_says_why_of_layers_that_stay_float():
+    class Head(MLP):
+        def __init__(self):
+            super().__init__(64)
+            self.lm_head = nn.Linear(64, 8)
+
+        def forward(self, x):
+            return self.lm_head(super().forward(x))
+
+    model, x = Head(), torch.randn(3, 64)
+    for options, wanted in (({"scheme": "dynamic", "skip": ["down"]}, {"down": "left out by skip='down'", "lm_head": "projection to the vocabulary"}), ({"scheme": "weight_only", "skip": ["up"]}, {"up": "left out by skip", "gate": "in one output"}),
+                            ({"scheme": "weight_only", "group": 48}, dict.fromkeys(("gate", "up", "down", "lm_head"), "groups of 48 do not divide its 64 columns"))):
+        report = explain(model, x, options={"int8": options})
+        rows = {u.name: u for u in report.int8}
+        assert rows.keys() == {"gate", "up", "down", "lm_head"} and {name for name, u in rows.items() if not u.kept} == wanted.keys() and not report.warnings
+        for name, words in wanted.items():
+            assert words in rows[name].reason and rows[name].error is None and rows[name].bytes_before == rows[name].shape[0] * 64 * 4 and words.split()[0] in str(report)
+    with torch.enable_grad():
+        report = explain(model, x, options={"int8": "weight_only"})
+    assert len(report.int8) == 4 and all(not u.kept and "is trained" in u.reason for u in report.int8)
+
+
+def test_a_misspelt_layer_is_said(caplog):
+    model, x = MLP(64), torch.randn(3, 64)
+    options = {"scheme": "weight_only", "skip": ["dwn", "gate", "nothing"]}
+    report = explain(model, x, options={"int8": options})
+    assert len(report.warnings) == 2 and "'dwn', which is no linear layer" in report.warnings[0] and "did you mean 'down'" in report.warnings[0] and "'nothing'" in report.warnings[1] and "warning: options['int8']" in str(report)
+    caplog.clear()
+    torch.compile(model, backend="tileweld", options={"int8": options, "target": "reference"})(x)
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "dwn" in r.getMessage()] and not [r for r in caplog.records if r.levelname == "WARNING" and "nothing" in r.getMessage()]  # which may be a layer of another graph
+
+
+def test_explain_has_the_errors_that_modules_have_noted():
+    model, x = MLP(64), torch.randn(3, 64)
+    wanted = {layer.name: (layer.error, layer.bytes_before, layer.bytes_after) for layer in convert.quantize_(model).layers}
+    assert {u.name: (u.error, u.bytes_before, u.bytes_after) for u in explain(model, x).int8} == wanted and all(error > 0 for error, *_ in wanted.values())
+
+
+def test_a_weight_that_int8_cannot_hold_is_named():
+    model = MLP(64)
+    model.up.weight[3, 5] = torch.inf
+    with pytest.raises(RefusalError, match=r"inf or NaN.*\(up.weight\)"):
+        run(model, torch.randn(3, 64), int8="weight_only")
 
 
 def test_scales_are_seen_in_a_dump():

@@ -93,6 +93,10 @@ def edited(path, change_header=lambda h: None, change_tensors=lambda t: None):
     save_file(tensors, path, {"tileweld.int8": json.dumps(header)})
 
 
+def of_gate(field, lie):
+    return lambda header: header["modules"]["blocks.0.gate"].update({field: lie})
+
+
 DAMAGE = {
     "there is no such file": lambda path: path.unlink(),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
@@ -110,7 +114,32 @@ DAMAGE = {
     "rows or scales of blocks.0.up": lambda path: edited(path, change_tensors=lambda t: t.update({"blocks.0.up.scale": t["blocks.0.up.scale"].double()})),
     "blocks.0.up is": lambda path: edited(path, change_tensors=lambda t: t.update({"blocks.0.up.q": t["blocks.0.up.q"][:, :8].contiguous()})),
     "blocks.0.norm.weight is": lambda path: edited(path, change_tensors=lambda t: t.update({"blocks.0.norm.weight": torch.ones(3)})),
-    "bias of blocks.0.down": lambda path: edited(path, change_tensors=lambda t: t.pop("blocks.0.down.bias")),
+    "blocks.0.down bias True, and its tensors False": lambda path: edited(path, change_tensors=lambda t: t.pop("blocks.0.down.bias")),
+    "bias of blocks.0.down": lambda path: edited(path, change_tensors=lambda t: t.update({"blocks.0.down.bias": t["blocks.0.down.bias"].double()})),
+    r"blocks.0.up scale .*tensors \[nan": lambda path: edited(path, change_tensors=lambda t: t["blocks.0.up.scale"][3].fill_(torch.nan)),
+    r"blocks.0.up scale .*its tensors \[-": lambda path: edited(path, change_tensors=lambda t: t["blocks.0.up.scale"].neg_()),
+    "expected finite ones of at least 0": lambda path: edited(path, of_gate("scale", [-1.0, 1.0]), lambda t: t.update({"blocks.0.gate.scale": torch.linspace(-1, 1, 48 * 4).view(48, 4)})),
+    "blocks.0.gate group 8, and its tensors 16": lambda path: edited(path, change_tensors=lambda t: t.update({"blocks.0.gate.scale": torch.ones(48, 2)})),
+    "blocks.0.gate group 3, and its tensors 8": lambda path: edited(path, of_gate("group", 3)),
+    r"blocks.0.gate shape \[1, 2\]": lambda path: edited(path, of_gate("shape", [1, 2])),
+    "blocks.0.gate columns True": lambda path: edited(path, of_gate("columns", True)),
+    "columns of blocks.0.gate": lambda path: edited(path, of_gate("columns", True), lambda t: t.update({"blocks.0.gate.columns": torch.ones(32, dtype=torch.bool)})),
+    "activations of int8 with groups": lambda path: edited(path, of_gate("activation", "int8")),
+    "bfloat16 in it, float32 in the model": lambda path: edited(path, of_gate("dtype", "bfloat16")),
+    "header says of 'blocks.0.gate'.*'threshold': True": lambda path: edited(path, of_gate("threshold", True)),
+    "header says of 'blocks.0.gate'.*'threshold': -1": lambda path: edited(path, of_gate("threshold", -1)),
+    "header says of 'blocks.0.gate'.*'threshold': 1000": lambda path: edited(path, of_gate("threshold", 10**400)),
+    r"header says of 'blocks.0.gate'.*'dtype': \[": lambda path: edited(path, of_gate("dtype", ["float32"])),
+    "header says of 'blocks.0.gate'.*'kind': 'table'": lambda path: edited(path, of_gate("kind", "table")),
+    "header says of 'table'.*'padding_idx': 'x'": lambda path: edited(path, lambda h: h["modules"]["table"].update(padding_idx="x")),
+    "blocks.0.gate is a Linear, no embedding": lambda path: edited(path, lambda h: h["modules"].update({"blocks.0.gate": h["modules"]["table"]})),
+    "table is a Embedding, no linear": lambda path: edited(path, lambda h: h["modules"].update(table=h["modules"]["blocks.0.gate"])),
+    "header is not what it should be": lambda path: edited(path, lambda h: h["shared"].update({"lm_head.q": ["table.q"]})),
+    "is in it, and said to be": lambda path: edited(path, lambda h: h["shared"].update({"blocks.0.norm.weight": "blocks.1.norm.weight"})),
+    "blocks.0.norm.weight is torch.float64 in it": lambda path: edited(path, change_tensors=lambda t: t.update({"blocks.0.norm.weight": torch.ones(32, dtype=torch.float64)})),
+    "version True": lambda path: edited(path, lambda h: h.update(version=True)),
+    "recursion": lambda path: save_file({"a": torch.ones(2)}, path, {"tileweld.int8": "[" * 100_000}),
+    "header too large": lambda path: path.write_bytes((2**63).to_bytes(8, "little") + path.read_bytes()[8:]),
 }
 
 
@@ -141,3 +170,63 @@ def test_a_model_that_was_copied_or_moved_saves_the_same(saved, tmp_path):
     model, path = saved
     convert.save_quantized(copy.deepcopy(model), tmp_path / "b")
     assert torch.equal(convert.load_quantized(Model(tied=True), tmp_path / "b")(IDS), model(IDS))
+
+
+def test_flipped_bits_of_the_header_change_nothing_unseen(saved):
+    """Any byte of the header, any bit: refused, or the same model."""
+    model, path = saved
+    good, other = path.read_bytes(), Model(tied=True)
+    end = 8 + int.from_bytes(good[:8], "little")
+    wanted, fresh, refused = model(IDS), copy.deepcopy(other), 0
+    for n in range(0, end, 37):
+        damaged = bytearray(good)
+        damaged[n] ^= 1 << n % 8
+        path.write_bytes(damaged)
+        try:
+            convert.load_quantized(other, path)
+        except ConversionError:
+            refused += 1
+            continue
+        assert torch.equal(other(IDS), wanted), good[n - 40:n + 10]
+        other = copy.deepcopy(fresh)
+    assert refused > 0.9 * len(range(0, end, 37))
+
+
+def test_what_the_file_cannot_fill_is_refused(saved):
+    _, path = saved
+    with torch.device("meta"):
+        model = Model(tied=True)
+        model.blocks[1].register_buffer("positions", torch.zeros(3), persistent=False)
+    with pytest.raises(ConversionError, match=r"'positions' is on the meta device.*\(blocks.1\)"):
+        convert.load_quantized(model, path)
+    assert model.table.weight.is_meta and not isinstance(model.blocks[0].gate, convert.Int8Linear)
+    model.blocks[1].positions = torch.zeros(3)
+    assert not convert.load_quantized(model, path).table.q.is_meta
+    for register in ("register_forward_hook", "register_full_backward_pre_hook"):
+        hooked = Model(tied=True)
+        getattr(hooked.blocks[0].gate, register)(lambda *a: None)
+        with pytest.raises(ConversionError, match=r"has hooks.*\(blocks.0.gate\)"):
+            convert.load_quantized(hooked, path)
+    with pytest.raises(ConversionError, match="bfloat16 in the model"):
+        convert.load_quantized(Model(tied=True).bfloat16(), path)
+
+
+def test_names_and_rights_of_files(saved):
+    """Names that shells stumble over and of the greatest length; a new file has the rights that the user's mask leaves, an old one keeps its own."""
+    model, path = saved
+    for name in (" a\n%s", "-ü", "n" * 255):
+        convert.save_quantized(model, path.with_name(name))
+        assert torch.equal(convert.load_quantized(Model(tied=True), os.fsencode(path.with_name(name)))(IDS), model(IDS))
+    mask = os.umask(0o027)
+    try:
+        convert.save_quantized(model, path.with_name("new"))
+        path.chmod(0o604)
+        convert.save_quantized(model, path)
+    finally:
+        os.umask(mask)
+    assert [path.with_name("new").stat().st_mode & 0o777, path.stat().st_mode & 0o777] == [0o640, 0o604]
+
+
+def test_errors_of_the_weights_come_back(saved):
+    model, path = saved
+    assert convert.load_quantized(Model(tied=True), path).blocks[0].gate.error == model.blocks[0].gate.error > 0

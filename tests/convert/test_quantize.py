@@ -14,7 +14,7 @@ from tileweld import convert
 from tileweld.compiler.backend import tileweld
 from tileweld.compiler.errors import ConversionError, OptionError
 from tileweld.compiler.ir.int8_linear import dequantized, quantized
-from tileweld.compiler.ir.int8_scheme import SCHEMES
+from tileweld.compiler.ir.int8_scheme import SCHEMES, matches
 from tileweld.compiler.report import Report
 
 
@@ -150,7 +150,7 @@ def test_dtypes_and_copies_keep_the_scales():
 
 
 def test_which_layers():
-    for arguments, names in (({"filter_fn": lambda module, name: "up" in name}, {"blocks.0.up", "blocks.1.up"}), ({"skip": ["blocks.*", "nothing"]}, {"lm_head"}), ({"scheme": {"scheme": "weight_only", "skip": ["blocks.0", "lm_head"]}}, {"blocks.1.gate", "blocks.1.up", "blocks.1.down"})):
+    for arguments, names in (({"filter_fn": lambda module, name: "up" in name}, {"blocks.0.up", "blocks.1.up"}), ({"skip": ["blocks.*"]}, {"lm_head"}), ({"skip": ["blocks"]}, {"lm_head"}), ({"scheme": {"scheme": "weight_only", "skip": ["blocks.0", "lm_head"]}}, {"blocks.1.gate", "blocks.1.up", "blocks.1.down"})):
         model = Model()
         assert {layer.name for layer in convert.quantize_(model, **arguments).layers} == names == {n for n, m in model.named_modules() if isinstance(m, convert.Int8Linear)}
 
@@ -209,15 +209,53 @@ def test_all_or_nothing(kind, arguments, words):
 
 
 def test_wrong_arguments():
-    for arguments in ({"scheme": "int4"}, {"group": -1}, {"scheme": "dynamic", "group": 8}, {"scheme": {"scheme": "dynamic", "threshhold": 1}}):
+    for arguments in ({"scheme": "int4"}, {"scheme": ["dynamic"]}, {"group": -1}, {"scheme": "dynamic", "group": 8}, {"scheme": {"scheme": "dynamic", "threshhold": 1}}, {"scheme": "dynamic", "threshold": 5.0},
+                      {"scheme": {"scheme": "weight_only", "group": 8}, "group": 16}):
         with pytest.raises(OptionError):
             convert.quantize_(Model(), **arguments)
+    assert convert.quantize_(Model(), {"scheme": "weight_only", "skip": ["up"]}, group=8).scheme.group == 8
     with pytest.raises(ConversionError, match="single nn.Linear"):
         convert.quantize_(nn.Linear(4, 4))
     model = Model()
     convert.quantize_(model)
-    with pytest.raises(ConversionError, match="no linear layer"):
+    with pytest.raises(ConversionError, match="no linear layer.*int8 already"):
         convert.quantize_(model)
+
+
+@pytest.mark.parametrize(("pattern", "words"), [("lm_heads", "did you mean 'lm_head'"), ("block.0", "did you mean 'blocks.0'"), ("nothing", "its modules are table, blocks")])
+def test_a_misspelt_layer_is_not_quantised_in_silence(pattern, words):
+    model = Model()
+    with pytest.raises(OptionError, match=words):
+        convert.quantize_(model, skip=["up", pattern])
+    assert isinstance(model.lm_head, nn.Linear)
+
+
+@pytest.mark.parametrize(("name", "pattern", "is_meant"), [
+    ("model.layers.0.mlp.down", "model.layers.0.mlp.down", True), ("model.layers.0.mlp.down", "mlp.down", True), ("model.layers.0.mlp.down", "layers.0", True), ("model.layers.0.mlp.down", "mlp", True),
+    ("model.layers.0.mlp.down", "model.layers.0.*", True), ("model.layers.0.mlp.down", "layers.?", True), ("model.layers.0.mlp.down", "layers", True), ("model.layers.0.mlp.down", "layer", False),
+    ("model.layers.0.mlp.down", "layers.1", False), ("model.layers.10.mlp.down", "layers.1", False), ("model.layers.0.mlp.down", "own", False), ("lm_head", "head", False), ("lm_head", "*head", True)])
+def test_what_a_name_means(name, pattern, is_meant):
+    assert matches(name, pattern) == is_meant
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts, self.bias = nn.Parameter(torch.randn(4, 16, 16)), nn.Parameter(torch.zeros(16))
+
+
+class MyLinear(nn.Linear):
+    pass
+
+
+def test_matrices_of_no_linear_layer_are_named():
+    """A report without them would be of a model that is int8, when most of it may be experts in one tensor."""
+    model = nn.ModuleDict({"a": nn.Linear(16, 16), "experts": Packed(), "own": MyLinear(16, 16), "attention": nn.MultiheadAttention(16, 2), "conv": nn.Conv1d(4, 4, 3), "norm": nn.LayerNorm(16), "table": nn.Embedding(4, 16),
+                           "normed": nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))})
+    report = convert.quantize_(model)
+    assert [layer.name for layer in report.layers] == ["a"]
+    assert report.left_out.keys() == {"experts.experts", "own.weight", "attention.in_proj_weight", "attention.out_proj.weight", "conv.weight", "normed.parametrizations.weight.original0", "normed.parametrizations.weight.original1"}
+    assert "multiplies by itself" in report.left_out["attention.out_proj.weight"] and "forward may be another" in report.left_out["own.weight"] and "[4, 16, 16] of a Packed" in str(report)
 
 
 def test_attention_of_torch_keeps_the_projection_that_it_reads_itself():
