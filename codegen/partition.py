@@ -144,7 +144,8 @@ class Partition:
         if len(homes) != 1 or None in homes or (home := homes.pop()).depth != group.depth:
             return
         once = len({id(user) for user in readers}) == len(readers) and all(user.target is aten.cat.default for user in readers)
-        if not once and any(n.target in _EXPENSIVE for n in group.nodes) and not (group.full == home.full and len(readers) == 1):
+        expensive = [n for n in group.nodes if n.target in _EXPENSIVE and not any(_gathers_alike(n, other) for other in home.nodes)]
+        if not once and expensive and not (group.full == home.full and len(readers) == 1):
             return
         self._join(group, home, keeps_space=True)
 
@@ -190,7 +191,7 @@ class Partition:
         for node in gm.graph.nodes:
             inside = node in self.computed or is_view(node)
             depth[node] = max((depth[a] for a in (*node.all_input_nodes, *self.before_in_memory.get(node, ()))), default=0)
-            if not inside and node.op == "call_function" and (is_tensor_result(node) or is_inplace(node)):
+            if not inside and node.op == "call_function" and (is_tensor_result(node) or is_inplace(node)) and not node.meta.get("kept"):
                 depth[node] += 1
         for node in reversed(gm.graph.nodes):  # a value that nobody needs before a later depth is computed there, if that keeps nothing alive longer
             if node in self.computed and node not in self.free and node.users:
@@ -283,6 +284,11 @@ class Partition:
             else:
                 bundles.append([group])
         return bundles
+
+
+def _gathers_alike(a: Node, b: Node) -> bool:
+    """Do two embeddings look up the same rows, those of a table and their scales? What the second costs is a load behind the first one's index."""
+    return a.target is b.target is aten.embedding.default and a.args[1] is b.args[1]
 
 
 def _readers(node: Node) -> list[Node]:

@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._functorch._aot_autograd.schemas import MutationType, OutputType, PlainTensorMeta
 from torch._guards import TracingContext
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from .autocast import as_it_will_run, is_under_autocast, without_autocast
 from .autocast import is_on as autocast_is_on

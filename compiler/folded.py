@@ -231,6 +231,7 @@ def fold_weights(gm: GraphModule) -> list[Folded]:
         elif (is_pure(node) or is_getitem(node)) and all(a in fixed for a in node.all_input_nodes):  # also what has no input at all
             fixed.add(node)
     running, made = {n for n in graph.nodes if n not in fixed}, []
+    start = next(n for n in graph.nodes if n.op != "placeholder")  # kept values are there before anything is computed, so that a region may read them wherever it runs
     for node in reversed([n for n in graph.nodes if n in fixed]):
         if node.op == "placeholder" or not any(u in running for u in node.users):
             continue
@@ -238,9 +239,9 @@ def fold_weights(gm: GraphModule) -> list[Folded]:
             running.add(node)
             continue
         target, sources = folded
-        with graph.inserting_before(node):
+        with graph.inserting_before(start):
             new = graph.call_function(target, tuple(sources))
-        new.meta = dict(node.meta)
+        new.meta = node.meta | {"kept": True}
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user in running)
         made.append(target)
     if made:

@@ -102,6 +102,28 @@ def test_a_value_that_others_read_is_one_more_output():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_rows_of_int8_and_their_scales_are_looked_up_in_one_kernel(alike):
+    """A table with scales beside positions that weights alone make (a kept value, there before anything is computed); scales by other numbers stay a gather of their own."""
+    class Table(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("q", torch.randint(-127, 128, (40, 300), dtype=torch.int8))
+            self.register_buffer("scale", torch.rand(40, 1))
+            self.positions = torch.nn.Embedding(16, 300)
+
+        def forward(self, ids):
+            numbers = ids if alike else ids.flip(0)
+            return (F.embedding(ids, self.q).float() * F.embedding(numbers, self.scale) + self.positions(torch.arange(ids.shape[1]))).cos()
+
+    model, ids = Table().eval(), torch.randint(0, 40, (3, 16))
+    got, kernels = run(model, ids)
+    assert [k.reason for k in kernels] == (["6 ops in one kernel"] if alike else ["2 ops in one kernel", "5 ops in one kernel"])
+    torch.testing.assert_close(got, model(ids).detach(), rtol=1e-5, atol=2e-5)  # an ulp of what cos is taken of
+    with pytest.raises(IndexError):
+        torch.compile(model, backend="tileweld")(ids - 20)
+
+
 def test_equal_layers_share_a_kernel():
     layers = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.SiLU(), torch.nn.Hardtanh(-0.5, 0.5)) for _ in range(4)])
     _, kernels = run(layers, torch.randn(3, 8))
