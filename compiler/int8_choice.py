@@ -88,8 +88,8 @@ def _computed(node: Node, known: dict):
     return known[node]
 
 
-def uses(graph: Graph, known: Mapping[tuple, float], apart: Mapping[str, str], number: int, forced: bool = False) -> list[Int8Use]:
-    """A row for every weight of every int8_linear of a graph as AOT made it. apart: name of the node -> why it runs in floats; forced: nothing was timed."""
+def uses(graph: Graph, known: Mapping[tuple, float], apart: Mapping[str, str], kept: Mapping[str, str], number: int, forced: bool = False) -> list[Int8Use]:
+    """A row for every weight of every int8_linear of a graph as AOT made it. apart, kept: name of the node -> why it runs in floats, why in int8; forced: nothing was timed."""
     found = []
     for node in graph.find_nodes(op="call_function", target=tileweld.int8_linear.default):
         reason = apart.get(node.name)
@@ -97,7 +97,7 @@ def uses(graph: Graph, known: Mapping[tuple, float], apart: Mapping[str, str], n
             weight, shape = _float_of(q), tuple(int(n) for n in value(q).shape)
             sources = _inputs(weight if weight is not None else q)
             names = [n.meta.get("weight") or n.name for n in sources]
-            why = reason or ("its weights are int8 in the model" if weight is None else "force" if forced else "int8 is faster, or too small to be timed")
+            why = reason or ("its weights are int8 in the model" if weight is None else "force" if forced else kept.get(node.name, "asked for"))
             item = value(weight if weight is not None else node.args[0]).element_size()
             error = known.get(_key(names, weight)) if weight is not None else None
             found.append(Int8Use(" + ".join(n.rpartition(".")[0] or n for n in names), shape, node.args[10], reason is None, why, error, shape[0] * shape[1] * item, shape[0] * shape[1] + 4 * value(scale).numel(), number))

@@ -74,12 +74,12 @@ def settle(gm: GraphModule, options: Options, report: Report, number: int, timed
     """
     untouched = GraphModule(gm, copy.deepcopy(gm.graph))
     allowed = replaceable(untouched.graph) if options.int8 is not None and not options.int8.force else set()
-    choices, launchers, apart, parted = choose(gm, options), {}, {}, {}
+    choices, launchers, apart, parted, kept = choose(gm, options), {}, {}, {}, {}
     while True:  # at most four times: int8, the float op in its place, its parts; pairs that share row maxima parted
         wanted = {c.kernel.source: c for c in choices if c.kernel is not None and (build_all or c.node is not None and c.node.name in allowed)}
         launchers |= _build({source: c for source, c in wanted.items() if source not in launchers}, options, report)
         choose_products(choices, launchers)
-        found = losers([c for c in choices if c.op in timed and (c.op != "int8_linear" or c.node.name in allowed)], launchers) | (slower_backwards(choices, launchers) if build_all else {})
+        found = losers([c for c in choices if c.op in timed and (c.op != "int8_linear" or c.node.name in allowed)], launchers, kept) | (slower_backwards(choices, launchers) if build_all else {})
         if not found and not (pairs := slower(choices, launchers)):
             break
         if found:
@@ -91,7 +91,7 @@ def settle(gm: GraphModule, options: Options, report: Report, number: int, timed
     blocks = {c.node.name for c in choices if c.op == "attention_backward"}  # which say it themselves
     report.kernels += [KernelUse("int8_linear", "tileweld:linear", reason, number) if name in allowed else KernelUse("linear", "aten:mm", reason, number) for name, reason in apart.items() if name not in blocks]
     report.kept += [Fusion("row_max", reason, source_of(next(n for n in untouched.graph.nodes if n.name == name)), number) for name, reason in parted.items()]
-    report.int8 += uses(untouched.graph, report.int8_errors, apart, number, options.int8 is not None and options.int8.force)
+    report.int8 += uses(untouched.graph, report.int8_errors, apart, kept, number, options.int8 is not None and options.int8.force)
     return gm, choices, launchers
 
 

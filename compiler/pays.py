@@ -33,21 +33,27 @@ _known: dict[str, tuple[float, float]] = {}
 _UNSTEADY = (0.0, 0.0)
 
 
-def losers(choices: Sequence[Choice], launchers: dict[str, Callable]) -> dict[str, str]:
-    """Name of the node -> why it is better taken apart, of the fused matmuls on CPUs."""
+def losers(choices: Sequence[Choice], launchers: dict[str, Callable], kept: dict[str, str]) -> dict[str, str]:
+    """Name of the node -> why it is better taken apart, of the fused matmuls on CPUs. kept: gains why int8 stays, of those that are int8."""
     found = {}
     for choice in choices:
         k = choice.kernel
-        if choice.op not in ("linear", "int8_linear") or k is None or k.language != "cpp" or k.source not in launchers:
+        if choice.op not in ("linear", "int8_linear"):
+            continue
+        if k is None or k.language != "cpp" or k.source not in launchers:
+            kept[choice.node.name] = "not timed: it runs on its definition" if k is None or k.language == "cpp" else "not timed: int8 and float products are compared on CPUs alone"
             continue
         x, *rest = (value(n) for n in choice.inputs)
         weights = rest[:len(choice.node.args[1])]
         if flops(choice) < WORTH_TIMING:
+            kept[choice.node.name] = "too small to be timed"
             continue
         fused, apart = _seconds(choice, k, launchers[k.source], x, weights, rest[len(weights):])
         if choice.op == "int8_linear":  # it costs accuracy: no margin
             if fused >= apart and (fused, apart) != _UNSTEADY:
                 found[choice.node.name] = f"the float product is faster here: {apart * 1e3:.2f} ms against {fused * 1e3:.2f}"
+            else:
+                kept[choice.node.name] = "the machine is too busy to time it" if (fused, apart) == _UNSTEADY else f"int8 is faster here: {fused * 1e3:.2f} ms against {apart * 1e3:.2f}"
         elif fused > MARGIN * apart:
             found[choice.node.name] = f"torch's matmul and the rest apart are faster here: {apart * 1e3:.2f} ms against {fused * 1e3:.2f}"
     return found

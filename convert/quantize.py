@@ -177,7 +177,7 @@ def _matrices_left(name: str, module: nn.Module) -> dict[str, str]:
     if isinstance(module, nn.Embedding):
         return found
     for own, parameter in module._parameters.items():
-        if parameter is not None and parameter.dim() >= 2 and parameter.is_floating_point():
+        if parameter is not None and sum(n > 1 for n in parameter.shape) >= 2 and parameter.is_floating_point():
             kind = type(module).__name__
             why = "which its nn.MultiheadAttention multiplies by itself" if kind == "NonDynamicallyQuantizableLinear" else "a subclass of nn.Linear, whose forward may be another" if isinstance(module, nn.Linear) else "which is no nn.Linear"
             found[f"{name}.{own}" if name else own] = f"a parameter {[*parameter.shape]} of a {kind}, {why}"

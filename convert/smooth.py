@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..compiler.errors import ConversionError
 from .calibrate import batches, input_maxima
-from .linears import check_linear, refuse_int8
+from .linears import check_linear, is_conv1d, refuse_int8
 from .observe import evaluating, run
 from .sites import find_sites
 
@@ -77,7 +77,7 @@ def smooth_(model: nn.Module, calibration, alpha: float = 0.5) -> SmoothReport:
     All or nothing: raises ConversionError, and the model is as it was, where it cannot be exported, is quantised already, has nothing to fold, or
     would not compute the same. Needs the memory of the folded weights once more while it works.
     """
-    if not 0 <= alpha <= 1:
+    if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
         raise ConversionError(f"alpha is {alpha!r}, expected a number from 0 to 1")
     refuse_int8(model, ", and its columns have lost what scaling would have saved", "smooth_ first, then quantize_")
     first = batches(model, calibration)[0]
@@ -86,6 +86,7 @@ def smooth_(model: nn.Module, calibration, alpha: float = 0.5) -> SmoothReport:
         check_linear(name, linear)
     with evaluating(model), torch.no_grad():
         places, left_out = _places(model, linears, first)
+        left_out = {name: "a Conv1D: scales are folded into nn.Linear alone" for name, m in model.named_modules() if is_conv1d(m)} | left_out
         wanted = {name for place in places for name in place.consumers}
         if not wanted:
             raise ConversionError(f"{type(model).__name__} has no place to fold scales into", cure="; ".join(f"{n}: {r}" for n, r in [*left_out.items()][:3]) or "it has no linear layers behind norms, products or attention")

@@ -149,7 +149,7 @@ def test_columns_without_values_or_weights_keep_their_scale():
 def test_errors_leave_the_model():
     model = Gated()
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    for arguments, words in (((X, 2.0), "alpha is 2.0"), (([],), "no batches"), ((X * torch.inf,), "inf or NaN"), ((X[..., :8],), "cannot be exported")):
+    for arguments, words in (((X, 2.0), "alpha is 2.0"), ((X, "0.5"), "alpha is '0.5'"), ((X, torch.nan), "alpha is nan"), (([],), "no batches"), ((X * torch.inf,), "inf or NaN"), ((X[..., :8],), "cannot be exported")):
         with pytest.raises(ConversionError, match=words):
             convert.smooth_(model, *arguments)
     with pytest.raises(ConversionError, match="no place to fold"):
@@ -168,6 +168,14 @@ def test_a_fold_that_would_change_the_model_is_taken_back(monkeypatch):
     with pytest.raises(ConversionError, match="differs from the original"):
         convert.smooth_(model, X)
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_layers_of_another_kind_are_named():
+    import transformers
+
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=16, bos_token_id=0, eos_token_id=0)).eval()
+    with pytest.raises(ConversionError, match="no place to fold.*transformer.h.0.attn.c_attn: a Conv1D"):
+        convert.smooth_(model, torch.randint(0, 20, (2, 9)))
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "Phi3"])
