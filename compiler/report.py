@@ -260,10 +260,13 @@ def _softmaxes(report: Report, number: int, gm: GraphModule) -> Softmaxes:
     import torch
 
     from ..passes import attention
+    from ..passes.merge import merge_equal
     from .ir.graph import is_call
 
-    library = torch.ops.aten.scaled_dot_product_attention
-    seen = sum(is_call(node, library) or attention.softmax_at(node) is not None for node in gm.graph.nodes)
+    library, graph = torch.ops.aten.scaled_dot_product_attention, torch.fx.Graph()
+    graph.graph_copy(gm.graph, {})
+    merge_equal(graph, set())  # two calls that share q and k have one softmax
+    seen = sum(is_call(node, library) or attention.softmax_at(node) is not None for node in graph.nodes)
     fused, refused = (sum(r.graph == number and r.rewrite == attention.NAME for r in rows) for rows in (report.fusions, report.refusals))
     return Softmaxes(seen, fused, refused)
 

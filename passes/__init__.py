@@ -2,12 +2,13 @@
 
 A rewrite is a module with NAME and find(graph), see compiler/ir/rewrite.py; a normalisation has transform(gm) instead.
 """
-from . import add_layer_norm, add_rms_norm, attention, bias_rules, canonicalise, complex_product, cross_entropy, embedding_norm, fold_norm, gated_mlp, int8, layer_norm, layer_norm_linear, linear, linear_epilogue, lora, merge_lse, mha_to_gqa, qkv_rotary, reassociate, rms_norm, rms_norm_linear, rotary, row_gather, row_max
+from . import add_layer_norm, add_rms_norm, attention, bias_rules, canonicalise, complex_product, cross_entropy, embedding_norm, fold_norm, gated_mlp, int8, joint_values, layer_norm, layer_norm_linear, linear, linear_epilogue, lora, merge_lse, mha_to_gqa, qkv_rotary, reassociate, rms_norm, rms_norm_linear, rotary, row_gather, row_max
 
 PIPELINE = (
     canonicalise,  # first: what means the same is spelled the same, and nothing is written in place any more
     complex_product,  # rotary as a product of complex numbers -> in real ones, which every pass below reads
     lora,  # x W^T + s (x A^T) B^T -> one linear of a merged weight, in inference; before every pass that would take the layer or an adapter alone
+    joint_values,  # one softmax's weights times several values -> times the values side by side; before attention, which takes one product
     merge_lse,  # attention over chunks of keys, put together by hand -> softmax and log-sum-exp of every chunk, one op that merges; before attention, which makes one kernel of the two
     attention,  # softmax(score(q k^T)) v -> tileweld::attention
     row_gather,  # off by default: operands of attention that only move the columns of one linear -> a linear of gathered rows; before bias_rules and reassociate, who look for linears
