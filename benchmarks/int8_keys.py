@@ -2,11 +2,12 @@
 
 C++ attention over int8 keys and values, one thread: scales of keys a token (in the score), a channel (in the queries, the kernel knows nothing of them), a channel and group of 64 tokens (a text of the
 keys), the same with shifts, the same with the newest 64 tokens in floats; beside torch that dequantises the keys before attention over floats. And whole steps of decoding with `tileweld.Int8KV`, compiled, by the cache's
-options. Contenders take turns; medians, and the lowest of all rounds.
+options, and with a cache of float32; the same steps by tileweld, TorchInductor and eager torch ("three ways"). Contenders take turns; medians, and the lowest of all rounds.
 """
 from __future__ import annotations
 
 import argparse
+import itertools
 import types
 
 import torch
@@ -50,7 +51,19 @@ def kernels(shape) -> dict:
     return contenders
 
 
-def steps(shape) -> dict:
+class FloatKV:
+    """A cache of float32 with the interface of Int8KV."""
+
+    def __init__(self, batch, heads, length, head_dim):
+        self.keys, self.values = (torch.zeros(batch, heads, length, head_dim) for _ in range(2))
+
+    def update(self, k, v, positions):
+        self.keys.index_copy_(2, positions, k)
+        self.values.index_copy_(2, positions, v)
+        return self.keys, self.values
+
+
+def steps(shape, backends=("tileweld",)) -> dict:
     """One token behind a prompt, again and again in the same place of the cache, whose contents do not matter."""
     H, Hk, _, Tk, D = shape
 
@@ -59,25 +72,30 @@ def steps(shape) -> dict:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.arange(Tk)[None, :] <= positions[:, None], enable_gqa=True)
 
     q, k, v, position, contenders = torch.randn(1, H, 1, D), torch.randn(1, Hk, 1, D), torch.randn(1, Hk, 1, D), torch.tensor([Tk - 1]), {}
-    for name, options in CACHES.items():
+    for name, backend in itertools.product([*CACHES, "float32"], backends):
         own = types.FunctionType(attend.__code__.replace(co_name=f"attend_{len(contenders)}"), globals(), closure=attend.__closure__)  # else all look through the guards of all
-        cache, step = tileweld.Int8KV(1, Hk, Tk, D, **options), torch.compile(own, backend="tileweld", dynamic=False)
+        cache = FloatKV(1, Hk, Tk, D) if name == "float32" else tileweld.Int8KV(1, Hk, Tk, D, **CACHES[name])
+        step = attend if backend == "eager" else torch.compile(own, backend=backend, dynamic=False)
         cache.update(torch.randn(1, Hk, Tk - 1, D), torch.randn(1, Hk, Tk - 1, D), torch.arange(Tk - 1))
-        contenders[name] = lambda cache=cache, step=step: step(cache, q, k, v, position)
-        contenders[name]()
+        title = name if len(backends) == 1 else f"{name}, {backend}"
+        contenders[title] = lambda cache=cache, step=step: step(cache, q, k, v, position)
+        contenders[title]()
     return contenders
 
 
 def case(title, contenders) -> dict:
     with torch.no_grad():
         times = interleaved(contenders(), rounds=50, warmup=3)
-    rows = [{"scales of keys": name, "ms": round(t["median_ms"], 4), "lowest": round(t["min_ms"], 4), "of channel": round(t["min_ms"] / times["channel"]["min_ms"], 2)} for name, t in times.items()]
-    show(title, rows, ["scales of keys", "ms", "lowest", "of channel"])
+    first = "channel" if "channel" in times else "channel, tileweld"
+    of = f"of {first}"
+    rows = [{"scales of keys": name, "ms": round(t["median_ms"], 4), "lowest": round(t["min_ms"], 4), of: round(t["min_ms"] / times[first]["min_ms"], 2)} for name, t in times.items()]
+    show(title, rows, ["scales of keys", "ms", "lowest", of])
     return {"rows": rows}
 
 
 CASES = {**{name: lambda name=name, shape=shape: case(name, lambda: kernels(shape)) for name, shape in SHAPES.items()},
-         **{f"step, {name}": lambda name=name, shape=shape: case(f"step, {name}", lambda: steps(shape)) for name, shape in SHAPES.items() if shape[2] == 1}}
+         **{f"step, {name}": lambda name=name, shape=shape: case(f"step, {name}", lambda: steps(shape)) for name, shape in SHAPES.items() if shape[2] == 1},
+         **{f"three ways, {name}": lambda name=name, shape=shape: case(f"three ways, {name}", lambda: steps(shape, ("tileweld", "inductor", "eager"))) for name, shape in SHAPES.items() if shape[2] == 1}}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -163,7 +163,7 @@ def aliased(node: Node, bases: dict[Node, frozenset[Base]]) -> frozenset[Base]:
     if is_getitem(node):
         return bases[node.args[0]]
     if isinstance(target, torch._ops.OpOverload):
-        if target in _HIDDEN_VIEWS or _shares(node):
+        if target in _HIDDEN_VIEWS or not is_inplace(node) and _shares(node):  # what writes in place returns what it has written, as its schema says
             return everything
         sets = frozenset().union(*(r.alias_info.before_set | r.alias_info.after_set for r in target._schema.returns if r.alias_info is not None))
         named = [x for argument, x in arguments(node) if argument.alias_info is not None and ("*" in sets or argument.alias_info.before_set & sets)]

@@ -27,6 +27,9 @@ static void stream_keys(const Call& call, const Group& group, int64_t j_lo, int6
     for (int part = 0; part < PARTS; ++part) keys[part] = call.k[part] + group.b * call.k_stride[part][0] + group.head / (call.H / call.Hk[part]) * call.k_stride[part][1];
     const ValueElement* values = call.v + group.b * call.v_stride[0] + group.head / (call.H / call.Hv) * call.v_stride[1];
     const bool values_are_keys = !KEY_TEXT && PART_SIZE[0] >= DV && std::is_same_v<KeyElement, ValueElement> && static_cast<const void*>(values) == keys[0] && call.v_stride[2] == call.k_stride[0][2] && call.v_stride[3] == call.k_stride[0][3];  // a latent is both
+    const int64_t key_head = group.head / (call.H / call.Hk[0]);
+    bool as_stored = rows <= WIDENED_ROWS && !std::is_same_v<KeyElement, float> && !values_are_keys;
+    for (int part = 0; part < PARTS; ++part) as_stored = as_stored && PART_SIZE[part] % VL == 0 && call.k_stride[part][3] == 1;
     for (int r = 0; r < rows; ++r) states[r] = start_row(-std::numeric_limits<float>::infinity());
     std::memset(sums, 0, sizeof(float) * size_t(padded_rows) * DVP);
     const auto unseen = [&](int64_t from, int64_t to) {  // is the tile empty for every head?
@@ -42,12 +45,24 @@ static void stream_keys(const Call& call, const Group& group, int64_t j_lo, int6
         for (int64_t j = span; j < span_end; j += CHUNK) {
             const int count = int(j + CHUNK < span_end ? CHUNK : span_end - j);
             if (unseen(j, j + count)) continue;
+            const Ahead values_ahead = rows_ahead(values + j * call.v_stride[2], call.v_stride, DV, !values_are_keys);
             KeyRows rows_of_k;
-            if constexpr (KEY_TEXT) stage_taken_keys(call, keys[0], group.b, group.head / (call.H / call.Hk[0]), j, count, staged, rows_of_k);
-            else stage_keys(keys, call.k_stride, j, count, staged, rows_of_k, std::make_index_sequence<PARTS>());
-            dot_keys(q, rows_of_k, rows, count, scores, rows_ahead(values + j * call.v_stride[2], call.v_stride, DV, !values_are_keys));
+            float added_scores[WIDENED_ROWS];
+            if (as_stored && (!KEY_TEXT || (j + count <= call.stored_keys && fold_keys(call, q, rows, group.b, key_head, j, count, staged, added_scores)))) {
+                RowsOf<KeyElement> stored;
+                for (int part = 0; part < PARTS; ++part) stored.at[part] = keys[part] + j * call.k_stride[part][2], stored.stride[part] = call.k_stride[part][2];
+                dot_keys(KEY_TEXT ? staged : q, stored, rows, count, scores, values_ahead);
+                for (int r = 0; KEY_TEXT && r < rows; ++r)
+                    if (added_scores[r] != 0.0f)
+                        for (int n = 0; n < CHUNK; n += VL) store_vector(scores + r * CHUNK + n, load_vector(scores + r * CHUNK + n) + added_scores[r]);
+            } else {
+                if constexpr (KEY_TEXT) stage_taken_keys(call, keys[0], group.b, key_head, j, count, staged, rows_of_k);
+                else stage_keys(keys, call.k_stride, j, count, staged, rows_of_k, std::make_index_sequence<PARTS>());
+                dot_keys(q, rows_of_k, rows, count, scores, values_ahead);
+            }
             int64_t stride = rows_of_k.stride[0];
-            const float* rows_of_v = values_are_keys ? rows_of_k.at[0] : stage_rows<DV>(values + j * call.v_stride[2], call.v_stride, count, staged, DVP, &stride);
+            const bool widened = !values_are_keys && rows <= WIDENED_ROWS && DV % VL == 0 && call.v_stride[3] == 1;  // where they are used: a row of int8 is no slower to read than the one that staging would write
+            const float* rows_of_v = values_are_keys ? rows_of_k.at[0] : widened ? nullptr : stage_rows<DV>(values + j * call.v_stride[2], call.v_stride, count, staged, DVP, &stride);
             for (int r = 0; r < rows; ++r) {
                 const int64_t h = group.head + r / call.Tq, i = r % call.Tq;
                 float* row = scores + r * CHUNK;
@@ -57,7 +72,9 @@ static void stream_keys(const Call& call, const Group& group, int64_t j_lo, int6
                 if (shrink != 1.0f || added != 0.0f)
                     for (int d = 0; d < DVP; d += VL) store_vector(sums + r * DVP + d, load_vector(sums + r * DVP + d) * shrink + added);
             }
-            add_values(scores, rows_of_v, stride, rows, count, sums, rows_ahead(keys[0] + (j + CHUNK) * call.k_stride[0][2], call.k_stride[0], PART_SIZE[0], !values_are_keys && j + 2 * CHUNK <= j_hi));
+            const Ahead next = rows_ahead(keys[0] + (j + CHUNK) * call.k_stride[0][2], call.k_stride[0], PART_SIZE[0], !values_are_keys && j + 2 * CHUNK <= j_hi);
+            if (widened) add_values(scores, values + j * call.v_stride[2], call.v_stride[2], rows, count, sums, next);
+            else add_values(scores, rows_of_v, stride, rows, count, sums, next);
         }
     }
 }

@@ -28,10 +28,14 @@ static __attribute__((noinline)) void take_keys(const Call& call, const KeyEleme
 """
 
 
+_FOLD = "static bool fold_keys(const Call& call, const float* q, int rows, int64_t batch, int64_t head, int64_t first, int count, float* folded, float* added) {"
+_NO_FOLD = "INLINE bool fold_keys(const Call&, const float*, int, int64_t, int64_t, int64_t, int, float*, float*) { return false; }\n"
+
+
 def key_source(captures: Captures, key: sympy.Expr | None) -> str:
     """``take_keys``: rows of keys by their text, read and changed."""
     if key is None:
-        return "constexpr bool KEY_TEXT = false;  // keys are what is stored\nINLINE void take_keys(const Call&, const KeyElement*, int, float*, int64_t, int64_t, int64_t, int64_t, int) {}\n"
+        return "\n".join(["constexpr bool KEY_TEXT = false;  // keys are what is stored", "INLINE void take_keys(const Call&, const KeyElement*, int, float*, int64_t, int64_t, int64_t, int64_t, int) {}", _NO_FOLD])
     placement = Placement(key, moving=_ALONG)
     (key,) = placement.exprs
     units = captures.units(placement, sc.D)
@@ -39,7 +43,7 @@ def key_source(captures: Captures, key: sympy.Expr | None) -> str:
     vectors = _vector_source(captures, placement, key)
     narrow = " && ".join(["D % VL == 0", "stored == count", "stride[3] == 1", "call.is_narrow", *units])
     return "\n".join([
-        "constexpr bool KEY_TEXT = true;", *vectors, *_row_source(captures, placement, key),
+        "constexpr bool KEY_TEXT = true;", *vectors, *_fold_source(captures, placement, key, bool(vectors), units), *_row_source(captures, placement, key),
         _STAGE % (f"    if ({narrow}) return take_vectors(call, from, stride[2], rows, distance, b, h, first, count);\n" if vectors else "",
                   "\n".join(f"    {'if (' + ' && '.join(conditions) + ') ' if conditions else ''}return take_rows<{flags}>(call, rows, distance, b, h, first, count);" for flags, conditions in ways)), ""])
 
@@ -84,21 +88,12 @@ def _vector_source(captures, placement, key) -> list[str]:
             return []
     row_values = dict(placement.row)
 
-    def group(e, conditions) -> int:
-        """So many neighbours from a multiple on take the same; 1 where that is not known."""
-        read = [e, *(value for _, value in _needed(e, placement.key))]
-        read += [row_values[symbol] for x in (*read, *conditions) for symbol in x.free_symbols if symbol in row_values]
-        parts = {a for x in read for a in x.atoms(sc.floordiv) if a.args[0] == sc.J and a.args[1].is_Integer and a.args[1] > 0}
-        if any(x.xreplace({a: sympy.Integer(0) for a in parts}).has(sc.J) for x in read) or not all(isinstance(c, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)) and (c.lhs - c.rhs).diff(sc.J).is_Integer for c in conditions):
-            return 1
-        return math.gcd(*(int(a.args[1]) for a in parts))
-
     def taken(e, conditions, indent) -> list[str]:
         space = " " * indent
         if _is_choice(e, placement):
             inner = [*conditions, row_values.get(e.args[0], e.args[0])]
             return [f"{space}if ({printer(e.args[0])}) {{", *taken(e.args[1], inner, indent + 4), f"{space}}} else {{", *taken(e.args[2], inner, indent + 4), f"{space}}}"]
-        runs, size = _runs(captures, _needed(e, placement.key)), group(e, conditions)
+        runs, size = _runs(captures, _needed(e, placement.key)), _group(placement, e, conditions)
         together = []
         if size != 1:  # 0: the same for all positions
             together = [f"{space}together = {f'int(smaller(count - row, {size} - j % {size}))' if size else 'count - row'};"]
@@ -112,6 +107,79 @@ def _vector_source(captures, placement, key) -> list[str]:
     return ["static void take_vectors(const Call& call, const KeyElement* from, int64_t step, float* __restrict rows, int64_t distance, int64_t batch, int64_t head, int64_t first, int count) {",
             "    using Int = int32_t;", "    constexpr bool unit = true;", *locals_of([*placement.values, key], "Int", {"b": "batch", "h": "head"}),
             "    for (int row = 0, together; row < count; row += together) {", "        together = 1;", *_position(placement, key), *definitions(placement.row, captures.printer(), 8), *taken(key, [], 8), "    }", "}"]
+
+
+def _group(placement, e, conditions) -> int:
+    """So many neighbours from a multiple on take the same; 1 where that is not known, 0: all."""
+    row_values = dict(placement.row)
+    read = [e, *(value for _, value in _needed(e, placement.key))]
+    read += [row_values[symbol] for x in (*read, *conditions) for symbol in x.free_symbols if symbol in row_values]
+    parts = {a for x in read for a in x.atoms(sc.floordiv) if a.args[0] == sc.J and a.args[1].is_Integer and a.args[1] > 0}
+    if any(x.xreplace({a: sympy.Integer(0) for a in parts}).has(sc.J) for x in read) or not all(isinstance(c, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)) and (c.lhs - c.rhs).diff(sc.J).is_Integer for c in conditions):
+        return 1
+    return math.gcd(*(int(a.args[1]) for a in parts))
+
+
+def _fold_source(captures, placement, key, vectors: bool, units) -> list[str]:
+    """``fold_keys``: where `count` neighbours are all k*a + b with the same a and b, ``folded`` is q*a and ``added`` q . b, so that q . key is folded . k + added and k is read as it is stored.
+
+    For int8 alone: its elements are at most 128, and the terms, which are added in another order, of the size of the sums that they make. A k of 1e6 with a b of -1e6 would be lost.
+    """
+    row_values, printer = dict(placement.row), captures.printer(along=sc.D)
+
+    def taken(e, conditions, indent) -> list[str]:
+        space = " " * indent
+        if _is_choice(e, placement):
+            inner = [*conditions, row_values.get(e.args[0], e.args[0])]
+            return [f"{space}if ({printer(e.args[0])}) {{", *taken(e.args[1], inner, indent + 4), f"{space}}} else {{", *taken(e.args[2], inner, indent + 4), f"{space}}}"]
+        size, parts = _group(placement, e, conditions), _affine(e)
+        if size == 1 or parts is None:
+            return [f"{space}return false;"]
+        runs, (a, b) = _runs(captures, _needed(e, placement.key)), parts
+        ahead = sympy.Symbol("ahead", integer=True)
+        same = [f"({printer(c)}) == ({printer(c.xreplace({sc.J: sc.J + ahead}))})" for c in conditions] + ([f"count <= {size} - j % {size}"] if size else [])
+        return [*([f"{space}const Int ahead = count - 1;"] if conditions else []), *([f"{space}if (!({' && '.join(same)})) return false;"] if same else []), *_pointers(captures, printer, runs, space),
+                f"{space}for (int r = 0; r < rows; ++r) {{", f"{space}    Vector total = {{}};", "#pragma GCC unroll 8", f"{space}    for (int n = 0; n < D; n += VL) {{", f"{space}        const Vector x = load_vector(q + r * D + n);",
+                *(f"{space}        const Vector {symbol.name} = load_vector({symbol.name}_row + n);" for symbol in runs), f"{space}        store_vector(folded + r * D + n, x * ({printer.real(a)} + Vector{{}}));",
+                *([f"{space}        total += x * ({printer.real(b)} + Vector{{}});"] if b != 0 else []), f"{space}    }}", f"{space}    added[r] = sum_of(total);", f"{space}}}", f"{space}return true;"]
+
+    body = taken(key, [], 4) if vectors else []
+    if not any("return true" in line for line in body):
+        return [_NO_FOLD]
+    needed = " && ".join(["std::is_same_v<KeyElement, int8_t>", "D % VL == 0", "call.is_narrow", *units])
+    return [_FOLD, f"    if (!({needed})) return false;", "    using Int = int32_t;", "    constexpr bool unit = true;", "    constexpr int row = 0;", *locals_of([*placement.values, key], "Int", {"b": "batch", "h": "head"}), *_position(placement, key),
+            *definitions(placement.row, captures.printer(), 4), *body, "}"]
+
+
+def _affine(e):
+    """(a, b) with e = k*a + b, neither with k in it; None where there are none, or no k."""
+    def parts(e):
+        if not e.has(sc.K):
+            return sympy.Integer(0), e
+        if e == sc.K:
+            return sympy.Integer(1), sympy.Integer(0)
+        if isinstance(e, (sc.fadd, sc.fsub)):
+            (a, b), (c, d) = map(parts, e.args)
+            return tuple((_plus if isinstance(e, sc.fadd) else _minus)(x, y) for x, y in ((a, c), (b, d)))
+        if isinstance(e, sc.fmul) and not all(x.has(sc.K) for x in e.args):
+            x, y = e.args if e.args[0].has(sc.K) else e.args[::-1]
+            return tuple(p if p == 0 else sc.mul(p, y) for p in parts(x))
+        if isinstance(e, sc.fdiv) and not e.args[1].has(sc.K):
+            return tuple(p if p == 0 else sc.div(p, e.args[1]) for p in parts(e.args[0]))
+        raise ValueError(e)
+
+    try:
+        return parts(e) if e.has(sc.K) else None
+    except ValueError:  # a square of k
+        return None
+
+
+def _plus(x, y):
+    return y if x == 0 else x if y == 0 else sc.add(x, y)
+
+
+def _minus(x, y):
+    return x if y == 0 else sc.neg(y) if x == 0 else sc.sub(x, y)
 
 
 def _is_choice(e, placement) -> bool:

@@ -212,13 +212,29 @@ def _when(conditions) -> str:
     return f"if ({' && '.join(conditions)}) " if conditions else ""
 
 
+def _along_keys(captures, placement) -> list[tuple]:
+    """(symbol, pointer to the element of the first key, distance of neighbours) of the loads whose last say is the position: GCC makes gathers of them where it has to widen j for the address."""
+    moving, found = {symbol for symbol, _ in placement.key}, []
+    for symbol, e in placement.key:
+        if isinstance(e, sc.load):
+            indices = e.args[1:]
+            for d in range(len(indices)):
+                if captures.runs(indices, d, sc.J) and not any(x.free_symbols & moving for x in indices):
+                    step = f"(unit ? 1 : call.{e.args[0].name}_stride[{d}])"
+                    found.append((symbol, [sympy.Integer(0) if n == d else x for n, x in enumerate(indices)], step))
+    return found
+
+
 def _loop(name, captures, placement, exprs, start, body, printer, flags="", rest="", total="") -> list[str]:
     """A loop over a row's scores, with what the placement gives to the row in front of it, and to a key in it. total: the name of a sum that it returns."""
+    runs = {symbol: (f"&{captures.place(captures.printer(), int(dict(placement.key)[symbol].args[0].name[1:]), at_zero)} + first_key * {step}", step) for symbol, at_zero, step in _along_keys(captures, placement)}
+    found = [line for symbol, e in placement.key for line in ([f"        const auto {symbol.name} = element({symbol.name}_at[n * {runs[symbol][1]}]);"] if symbol in runs else definitions([(symbol, e)], printer, 8))]
     return [f"template <class Int, {flags}bool inside, bool unit>",
             f"static {'float' if total else 'void'} {name}(const Call& call, float* __restrict scores, int64_t batch, int64_t head, int64_t row, int64_t first_key, int width{rest}) {{",
             *locals_of([*placement.values, *exprs], "Int", {"b": "batch", "h": "head", "i": "row"}), *definitions(placement.row, captures.printer(), 4),
+            *(f"    const auto* const {symbol.name}_at = {place};" for symbol, (place, _) in runs.items()),
             *([f"    float {total} = 0.0f;", f"#pragma omp simd reduction(+ : {total})"] if total else []),
-            "    for (int n = 0; n < width; ++n) {", "        const Int j = Int(first_key) + n;", *start, *definitions(placement.key, printer, 8), *body, "    }", *([f"    return {total};"] if total else []), "}", ""]
+            "    for (int n = 0; n < width; ++n) {", "        const Int j = Int(first_key) + n;", *start, *found, *body, "    }", *([f"    return {total};"] if total else []), "}", ""]
 
 
 def definitions(bound, printer, indent) -> list[str]:
