@@ -51,9 +51,9 @@ def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
     beside = path.with_name(f".tileweld-{secrets.token_hex(8)}")
     os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # with the rights of any new file; one that is there keeps its own
     try:
+        rights = (path if path.exists() else beside).stat().st_mode & 0o777
         save_file(tensors, beside, {KEY: json.dumps(header), "format": "pt"})
-        if path.exists():
-            os.chmod(beside, path.stat().st_mode & 0o777)
+        os.chmod(beside, rights)  # versions of safetensors put a file of their owner's alone in its place
         with open(beside, "rb") as written:
             os.fsync(written.fileno())
         os.replace(beside, path)
@@ -65,10 +65,10 @@ def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
 
 def _described(module) -> dict:
     scale = module.scale
-    common = {"shape": [*module.q.shape], "group": module.group, "dtype": str(module.dtype).removeprefix("torch."), "scale": [float(scale.min()), float(scale.max())] if scale.numel() else []}
+    common = {"shape": [*module.q.shape], "group": module.group, "dtype": str(module.dtype).removeprefix("torch."), "scale": [float(scale.min()), float(scale.max())] if scale.numel() else [], "error": module.error}
     if isinstance(module, Int8Embedding):
         return {"kind": "embedding", "padding_idx": module.padding_idx, **common}
-    return {"kind": "linear", "activation": module.activation, "threshold": None if math.isinf(module.threshold) else module.threshold, "bias": module.bias is not None, "columns": module.columns is not None, "error": module.error, **common}
+    return {"kind": "linear", "activation": module.activation, "threshold": None if math.isinf(module.threshold) else module.threshold, "bias": module.bias is not None, "columns": module.columns is not None, **common}
 
 
 def load_quantized(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -171,11 +171,11 @@ def _is_row(row: dict) -> bool:
     def number(x, most: float = math.inf) -> bool:
         return type(x) in (int, float) and 0 <= x <= most
 
-    common = row.get("dtype") in [*_DTYPES] and type(row.get("group")) is int and isinstance(row.get("shape"), list) and isinstance(row.get("scale"), list)
+    common = row.get("dtype") in [*_DTYPES] and type(row.get("group")) is int and isinstance(row.get("shape"), list) and isinstance(row.get("scale"), list) and (row.get("error") is None or number(row["error"]))
     if row.get("kind") == "embedding":
         return common and type(row.get("padding_idx", "")) in (int, type(None))
     return (common and row.get("kind") == "linear" and row.get("activation") in ACTIVATIONS and type(row.get("bias")) is type(row.get("columns")) is bool
-            and (row.get("threshold", "") is None or number(row.get("threshold"), 1e300)) and (row.get("error") is None or number(row["error"])))
+            and (row.get("threshold", "") is None or number(row.get("threshold"), 1e300)))
 
 
 def _module(model: nn.Module, path, name: str, row: dict, tensors: dict[str, Tensor]) -> tuple[nn.Module, nn.Module]:
@@ -198,7 +198,7 @@ def _module(model: nn.Module, path, name: str, row: dict, tensors: dict[str, Ten
     if dtype != (known := _dtype(old)):
         raise _foreign(path, f"{name} is {row['dtype']} in it, {str(known).removeprefix('torch.')} in the model")
     threshold = math.inf if row.get("threshold") is None else float(row["threshold"])
-    new = Int8Embedding(q, scale, dtype, row["padding_idx"]) if is_table else Int8Linear(q, scale, bias, row["activation"], threshold, columns, dtype, row.get("error"))
+    new = Int8Embedding(q, scale, dtype, row["padding_idx"], row.get("error")) if is_table else Int8Linear(q, scale, bias, row["activation"], threshold, columns, dtype, row.get("error"))
     found = _described(new)
     if lies := next((key for key in ("shape", "group", "scale", "bias", "columns") if row.get(key) != found.get(key)), None):
         raise _foreign(path, f"the header says of {name} {lies} {row[lies]!r}, and its tensors {found[lies]!r}")

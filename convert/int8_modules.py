@@ -1,4 +1,4 @@
-"""The modules that `quantize_` puts in the place of linear layers and of embeddings tied to them: int8 rows, float32 scales, as buffers."""
+"""The modules that `quantize_` puts in the place of linear layers and of embeddings: int8 rows, float32 scales, as buffers."""
 from __future__ import annotations
 
 import math
@@ -93,11 +93,13 @@ def _as_autocast(x: Tensor) -> Tensor:
 
 
 class Int8Embedding(_Rows):
-    """Rows of q scale [N, K] by their numbers, in `dtype`; q and scale are those of the projection that the table is tied to."""
+    """Rows of q scale [N, K] by their numbers, in `dtype`; q and scale are those of the projection that the table is tied to, if it is. error: |w - q scale| / |w|, where it is known."""
 
-    def __init__(self, q: Tensor, scale: Tensor, dtype: torch.dtype, padding_idx: int | None = None):
+    max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False  # nn.Embedding's, which adapters pass on
+
+    def __init__(self, q: Tensor, scale: Tensor, dtype: torch.dtype, padding_idx: int | None = None, error: float | None = None):
         super().__init__(q, scale, dtype)
-        self.padding_idx = padding_idx
+        self.padding_idx, self.error = padding_idx, error
         self.num_embeddings, self.embedding_dim = q.shape
 
     @property

@@ -20,6 +20,7 @@ from ..compiler.ir.int8_scheme import Int8, matches
 from .calibrate import input_maxima
 from .int8_modules import Int8Embedding, Int8Linear
 from .linears import check_plain
+from .tables import choose_tables, is_finite
 
 AT_ONCE = 1 << 20  # elements that are quantised at a time: what it needs beside the result stays below 20 MB
 KEPT_BACK = 32 << 20  # bytes of float weights that the C library may have kept before they are given back: the int8 rows lie on pages of their own, so that the peak would have both
@@ -72,8 +73,8 @@ class QuantizeReport:
 
 
 def quantize_(model: nn.Module, scheme: str | dict = "weight_only", filter_fn: Callable[[nn.Module, str], bool] | None = None, *, group: int = 0, skip: Sequence[str] = (),
-              lm_head: bool | None = None, threshold: float = 6.0, calibration=None) -> QuantizeReport:
-    """Replace linear layers by `Int8Linear`, in place. Everything is checked before anything is changed; on an error the model is as it was.
+              lm_head: bool | None = None, threshold: float = 6.0, calibration=None, embedding: bool | None = None) -> QuantizeReport:
+    """Replace linear layers by `Int8Linear` and large tables by `Int8Embedding`, in place. Everything is checked before anything is changed; on an error the model is as it was.
 
     model:     any module; its nn.Linear (and Hugging Face's Conv1D) are replaced, exact types only, one after the other, so that their float weights are freed on the way.
     scheme:    "weight_only", "dynamic", "llm_int8", or a dict as in options={"int8": ...}, to which the other arguments add.
@@ -82,8 +83,9 @@ def quantize_(model: nn.Module, scheme: str | dict = "weight_only", filter_fn: C
     calibration: for llm_int8, batches (see convert/calibrate.py): the outlier columns are then those that reach the threshold on them, or RELATIVE times the
                median of their layer's columns (an absolute threshold means nothing behind a gate), the same for every call, so that a row's result does not
                depend on its batch. None: they are found anew in every call, by the threshold alone.
+    embedding: the tables that are tied to no such layer, for memory alone. None: those of 2^20 numbers or more, under weight_only without a filter_fn; True: all of them, and filter_fn is asked.
 
-    Weights that several layers share stay shared. An nn.Embedding tied to a layer that is replaced reads the same int8 rows. Biases and scales become buffers:
+    Weights that several layers share stay shared. An nn.Embedding tied to a layer that is replaced reads the same int8 rows. A table that cannot be replaced (max_norm, a subclass) stays, and the report says why. Biases and scales become buffers:
     there is nothing left to train in a replaced layer. Eager calls run on the op's definition; compile the model to be fast.
     Raises ConversionError, naming the layer: a weight that is no finite float16, bfloat16 or float32, groups that do not divide, K too large for int32 sums,
     hooks on a layer, nothing to replace; OptionError for wrong arguments, and for a name in skip that no module has.
@@ -95,18 +97,20 @@ def quantize_(model: nn.Module, scheme: str | dict = "weight_only", filter_fn: C
     chosen, left_out = _choose(model, settings, filter_fn)
     for name, module in chosen.items():
         _check(name, module, settings)
+    tables, stay = choose_tables(model, settings, embedding, filter_fn, chosen.values())
+    left_out |= stay
     columns = {}
     if calibration is not None:
         for name, largest in input_maxima(model, chosen, calibration).items():  # equal ones are one tensor: what reads one x then fuses into one op
             found = largest >= min(settings.threshold, RELATIVE * largest.median().item() if math.isfinite(settings.threshold) else math.inf)
             columns[name] = next((c for c in columns.values() if c.device == found.device and torch.equal(c, found)), found)
     before, layers = _bytes(model), []
-    uses = Counter(map(_key, chosen.values()))
+    uses = Counter(map(_key, (*chosen.values(), *tables.values())))
     shared, tied = {key: None for key, count in uses.items() if count > 1}, _embeddings(model, chosen)
     freed = 0
-    for name in [*chosen]:
-        module = chosen.pop(name)
-        layers.append(_replace(model, name, module, settings, columns.get(name), shared, tied))
+    for name in [*chosen, *tables]:
+        module = chosen.pop(name, None) or tables.pop(name)
+        layers.append(_replace_table(model, name, module, settings, shared) if isinstance(module, nn.Embedding) else _replace(model, name, module, settings, columns.get(name), shared, tied))
         freed += layers[-1].bytes_before
         del module  # the last reference to its float weight
         if freed >= KEPT_BACK:
@@ -189,7 +193,7 @@ def _check(name: str, module: nn.Module, settings: Int8) -> None:
     weight = _matrix(module)
     if (problem := settings.problem(weight.shape[1], weight.dtype)) is not None:
         raise ConversionError(problem[0], where=name, cure=problem[1])
-    if not (_is_finite(weight) and (module.bias is None or _is_finite(module.bias))):
+    if not (is_finite(weight) and (module.bias is None or is_finite(module.bias))):
         raise ConversionError("its weight or bias has inf or NaN", where=name, cure="leave it out with skip or filter_fn")
     check_unhooked(name, module)
 
@@ -198,11 +202,6 @@ def check_unhooked(name: str, module: nn.Module) -> None:
     """Refuse a module with hooks (weight_norm, pruning, accelerate set them): what takes its place would not have them. Raises ConversionError."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         raise ConversionError("it has hooks, which its replacement would not have", where=name, cure="remove them, quantise, and set them again")
-
-
-def _is_finite(x: Tensor) -> bool:
-    """x.isfinite().all() without its copies of x, 1.75 times the weight: the largest would be the peak of memory."""
-    return x.numel() == 0 or all(math.isfinite(end.item()) for end in x.detach().aminmax())
 
 
 def _embeddings(model: nn.Module, chosen) -> dict[int, list[tuple[str, nn.Module]]]:
@@ -214,13 +213,30 @@ def _embeddings(model: nn.Module, chosen) -> dict[int, list[tuple[str, nn.Module
     return found
 
 
-def _replace(model, name, module, settings, columns, shared, tied) -> QuantizedLayer:
-    weight, key = module.weight, _key(module)
+def _rows(module, matrix: Tensor, settings: Int8, shared: dict) -> tuple[Tensor, Tensor, float, bool]:
+    """(q, scale, error, whether it is the first module with this weight)"""
+    key = _key(module)
     is_first = shared.get(key) is None
-    made = _quantise(_matrix(module).detach(), settings.group) if is_first else shared[key][0]
+    made = _quantise(matrix.detach(), settings.group) if is_first else shared[key][0]
     if key in shared:
-        shared[key] = made, weight  # the weight too, so that no other gets its id
-    q, scale, error = made
+        shared[key] = made, module.weight  # the weight too, so that no other gets its id
+    return *made, is_first
+
+
+def _row(name: str, weight: Tensor, q: Tensor, scale: Tensor, error: float, is_first: bool, notes: list[str]) -> QuantizedLayer:
+    sizes = (weight.numel() * weight.element_size(), q.numel() + 4 * scale.numel()) if is_first else (0, 0)
+    return QuantizedLayer(name, tuple(q.shape), error, *sizes, "; ".join(notes))
+
+
+def _replace_table(model, name: str, table: nn.Embedding, settings: Int8, shared: dict) -> QuantizedLayer:
+    q, scale, error, is_first = _rows(table, table.weight, settings, shared)
+    _put(model, table, Int8Embedding(q, scale, table.weight.dtype, table.padding_idx, error).train(table.training))
+    return _row(name, table.weight, q, scale, error, is_first, ["a table" if is_first else "shares the int8 rows of another table"])
+
+
+def _replace(model, name, module, settings, columns, shared, tied) -> QuantizedLayer:
+    weight = module.weight
+    q, scale, error, is_first = _rows(module, _matrix(module), settings, shared)
     bias = module.bias.detach() if module.bias is not None else None
     threshold = settings.threshold if settings.activation == "mixed" else math.inf
     new = Int8Linear(q, scale, bias, settings.activation, threshold, columns, weight.dtype, error)
@@ -228,14 +244,13 @@ def _replace(model, name, module, settings, columns, shared, tied) -> QuantizedL
     notes = [] if is_first else ["shares the int8 rows of another layer"]
     for where, table in tied.pop(id(weight), []):
         if type(table) is nn.Embedding and table.max_norm is None and _matrix(module) is weight:
-            _put(model, table, Int8Embedding(q, scale, weight.dtype, table.padding_idx).train(table.training))
+            _put(model, table, Int8Embedding(q, scale, weight.dtype, table.padding_idx, error).train(table.training))
             notes.append(f"{where} reads the same int8 rows")
         else:
             notes.append(f"{where}, a {type(table).__name__} that was tied to it, keeps its float weight")
     if columns is not None:
         notes.append(f"{int(columns.sum())} outlier columns")
-    sizes = (weight.numel() * weight.element_size(), q.numel() + 4 * scale.numel()) if is_first else (0, 0)
-    return QuantizedLayer(name, tuple(q.shape), error, *sizes, "; ".join(notes))
+    return _row(name, weight, q, scale, error, is_first, notes)
 
 
 def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -254,7 +254,7 @@ def test_matrices_of_no_linear_layer_are_named():
                            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))})
     report = convert.quantize_(model)
     assert [layer.name for layer in report.layers] == ["a"]
-    assert report.left_out.keys() == {"experts.experts", "own.weight", "attention.in_proj_weight", "attention.out_proj.weight", "conv.weight", "normed.parametrizations.weight.original1"}
+    assert report.left_out.keys() == {"table", "experts.experts", "own.weight", "attention.in_proj_weight", "attention.out_proj.weight", "conv.weight", "normed.parametrizations.weight.original1"}
     assert "multiplies by itself" in report.left_out["attention.out_proj.weight"] and "forward may be another" in report.left_out["own.weight"] and "[4, 16, 16] of a Packed" in str(report)
 
 
