@@ -24,6 +24,7 @@ from collections.abc import Iterator
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..compiler.ir.graph import insert, is_call, is_tensor, value
 from ..compiler.ir.linear import compute_dtype
@@ -266,8 +267,8 @@ def _build(graph: Graph, root: Node, form: _Affine) -> Node:
         bias = insert(graph, aten.to.dtype, bias, dtype) if bias is not None else None
     made = insert(graph, aten.linear.default, first.x, weight, *([bias] if bias is not None else []))
     sizes = [n if isinstance(n, int) else -1 for n in value(root).shape]
-    if value(made).dim() == len(sizes):
-        return made
+    if value(made).dim() == len(sizes) and all(statically_known_true(a == b) for a, b in zip(value(made).shape, value(root).shape)):
+        return made  # else rows were grouped anew on the way
     if sizes.count(-1) > 1:
         raise Unliftable("its rows are viewed in several symbolic sizes")
     return insert(graph, aten.reshape.default, made, sizes)

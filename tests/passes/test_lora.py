@@ -183,6 +183,25 @@ def test_a_pair_is_multiplied_out_where_its_product_is_smaller(rewriting, rank):
     rewriting.check(m, torch.randn(3, K), count={"lora": int(rank > 15)})
 
 
+class Regrouped(nn.Module):
+    """A pair whose rows are grouped anew between or behind the two: [4, 8] -> [2, 16]."""
+
+    def __init__(self, behind):
+        super().__init__()
+        self.first, self.second, self.behind = nn.Linear(16, 16), nn.Linear(16, 16), behind
+
+    def forward(self, x):
+        between = self.first(x) if self.behind else self.first(x).reshape(2, 2 * x.shape[1], 16)
+        return x.reshape(2, 2 * x.shape[1], 16) + self.second(between).reshape(2, 2 * x.shape[1], 16)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_rows_that_are_grouped_anew(rewriting, behind, dynamic):
+    report = rewriting.check(Regrouped(behind).eval(), torch.randn(4, 8, 16), count={"lora": 1}, dynamic=dynamic)
+    assert not report.refusals
+
+
 def test_a_pair_with_a_reader_in_between(rewriting):
     rewriting.silent("lora", Held(lambda x, a, b: (F.linear(h := F.linear(x, a), b), h), torch.randn(30, K), torch.randn(N, 30)), torch.randn(3, K))
 
