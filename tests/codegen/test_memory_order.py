@@ -1,4 +1,5 @@
 """Regions in graphs that update memory in place: what reads a cache before an update and what reads it behind it see what eager does, and are kernels."""
+import pytest
 import tileweld
 import torch
 from hypothesis import given, settings
@@ -145,3 +146,40 @@ def test_any_order_of_reads_and_writes(program, transposed):
             f(*theirs, position, x)
             torch.testing.assert_close(got, [e.float() for e in f(*wide, position, x.double())], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_single_operation_goes_along_in_another_kernel():
+    """A step of few elements would wait for torch's calls most of the time; a large one is as well with torch."""
+    def f(position, x, weight):
+        slot = position % 7
+        return slot, (position // 7).float() * 0.5 + x, x.amax(0), weight.sin()
+
+    for n, calls in ((8, {}), (200, {"sin": 1})):
+        torch._dynamo.reset()  # sizes that have changed would be symbols, and how small they are not known
+        inputs = torch.tensor([30]), torch.randn(3, n), torch.randn(n, n)
+        report = tileweld.explain(f, *inputs)
+        assert report.fallbacks == calls and sum(k.op == "region" for k in report.kernels) == 1
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(f, backend="tileweld", dynamic=False)(*inputs), f(*inputs))
+
+
+def test_positions_from_data_are_checked_within_a_run():
+    """One call from C for all of it; an index out of range stops it where eager would have stopped."""
+    def f(table, cache, tokens, position):
+        x = table[tokens] * 2
+        cache.index_copy_(0, position, x)
+        return cache * 0.5 + 1
+
+    torch._dynamo.reset()
+    table, ours, theirs = torch.randn(5, 4), torch.zeros(6, 4), torch.zeros(6, 4)
+    step = torch.compile(f, backend="tileweld", dynamic=False)
+    for token in (0, 4, -5):
+        given = torch.tensor([token]), torch.tensor([token % 6])
+        torch.testing.assert_close(step(table, ours, *given), f(table, theirs, *given))
+    before = ours.clone()
+    for token, position in ((5, 0), (-6, 0), (0, 6)):
+        with pytest.raises(IndexError):
+            step(table, ours, torch.tensor([token]), torch.tensor([position]))
+        assert torch.equal(ours, before)
+    report = tileweld.explain(f, table, ours, torch.tensor([1]), torch.tensor([1]))
+    assert report.fallbacks == {"index_copy": 1}
