@@ -214,6 +214,27 @@ def case_prefill() -> dict:
     return contest("prefill in int8: Llama 768 wide, 4 layers, 1024 tokens", calls, "tileweld dynamic, int8 head", ("eager", "inductor"), 9)
 
 
+def with_outliers(model, share: float = 0.01, factor: float = 30.0) -> int:
+    """Give norms' results columns that are `factor` times the others, and the layers that read them weights as much smaller: floats compute what they did. In place; returns the columns of each."""
+    for layer in model.model.layers:
+        for norm, readers in ((layer.input_layernorm, (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)), (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj))):
+            columns = torch.randperm(norm.weight.numel())[:max(1, int(share * norm.weight.numel()))]
+            norm.weight[columns] *= factor
+            for reader in readers:
+                reader.weight[:, columns] /= factor
+    return len(columns)
+
+
+def case_outliers() -> dict:
+    """The same prefill with 1 % of the columns behind norms 30 times the others, as large models have them: llm_int8 >= 1.5x float32, with outliers to find and to multiply as floats. Their errors are what llm_int8 is for."""
+    model, tokens = llama("sdpa")
+    with torch.no_grad():
+        columns = with_outliers(model)
+    forwards = {"eager": model, "inductor": torch.compile(model, backend="inductor"), "tileweld dynamic": tileweld(model, "dynamic"), "tileweld llm_int8": tileweld(model, "llm_int8")}
+    result = contest(f"prefill in int8, {columns} outlier columns of 768 behind every norm", {name: (lambda forward=forward: logits(forward(tokens))) for name, forward in forwards.items()}, "tileweld llm_int8", ("eager", "inductor"), 9)
+    return {**result, "columns": columns}
+
+
 def case_smollm2_decode() -> dict:
     """SmolLM2-135M, real weights: a loop of 32 greedy tokens behind 512, static cache, weight_only: >= 2.5x eager."""
     model = fusion.smollm2()
@@ -235,7 +256,10 @@ def case_smollm2_decode() -> dict:
 
 
 def resident(how: str, path: str) -> dict:
-    """MiB that a model of the decode case needs, run once: "float32", packed here ("weight_only"), or packed earlier and loaded from ``path`` ("loaded"). For a process of its own."""
+    """MiB that a model of the decode case needs, run once: "float32", packed here ("weight_only"; "linear layers" alone, its table stays float), or packed earlier and loaded from ``path`` ("loaded"). For a process of its own.
+
+    resident: once it was compiled and called; peak: from packed to then, compiling included; peak of packing: before, the float model included.
+    """
     from tileweld.models import llama_gqa
 
     def now(key: str = "VmRSS") -> float:
@@ -256,35 +280,39 @@ def resident(how: str, path: str) -> dict:
     before = now()
     with torch.device("meta" if how == "loaded" else "cpu"):
         model = llama_gqa.build(**DECODE)
-    if how == "weight_only":
-        convert.quantize_(model, "weight_only")
+    if how in ("weight_only", "linear layers"):
+        convert.quantize_(model, "weight_only", embedding=None if how == "weight_only" else False)
     elif how == "loaded":
         convert.load_quantized(model, path)
+    peak = now("VmHWM")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     with torch.no_grad():
         torch.compile(model, backend="tileweld")(token)
     parameters = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / 2**20
-    row = {"what": how, "resident MiB": now() - before, "peak MiB": now("VmHWM") - before, "tensors MiB": parameters, "version": _tileweld.__version__}
+    row = {"what": how, "resident MiB": now() - before, "peak MiB": now("VmHWM") - before, "peak of packing MiB": max(0.0, peak - before), "tensors MiB": parameters, "version": _tileweld.__version__}
     if how == "weight_only":  # for the next row; behind the measurement, since float32 saves nothing either: safetensors and its library's pages are 1.2 MiB
         convert.save_quantized(model, path)
     return row
 
 
 def case_memory() -> dict:
-    """Resident memory of the decode model once packed to weight_only and called: <= 0.35x float32's; and the peak on the way, which starts from the float model where it is packed here."""
+    """Memory of the decode model packed to weight_only, peak and resident, in processes that compile it themselves and in others that find its executable on disk: <= 0.35x float32's in the same state."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for how in ("float32", "weight_only", "loaded"):
-            out = subprocess.run([sys.executable, "-c", f"import json, int8; print('row', json.dumps(int8.resident({how!r}, {folder + '/model.safetensors'!r})))"], cwd=Path(__file__).parent, capture_output=True, text=True)
-            if out.returncode:
-                raise RuntimeError(out.stderr[-2000:])
-            rows.append(json.loads(out.stdout.rsplit("row ", 1)[1]))
-    for row in rows:
-        row["share"] = row["resident MiB"] / rows[0]["resident MiB"]
-    show("resident memory of the decode model, run once", rows, ["what", "resident MiB", "peak MiB", "tensors MiB", "share"])
+        for executable in ("compiled here", "on disk"):
+            for how in ("float32", "weight_only", "linear layers", "loaded"):
+                environment = os.environ | {"TILEWELD_CACHE_DIR": f"{folder}/{how.replace(' ', '-')}"}
+                out = subprocess.run([sys.executable, "-c", f"import json, int8; print('row', json.dumps(int8.resident({how!r}, {folder + '/model.safetensors'!r})))"], cwd=Path(__file__).parent, capture_output=True, text=True, env=environment)
+                if out.returncode:
+                    raise RuntimeError(out.stderr[-2000:])
+                row = json.loads(out.stdout.rsplit("row ", 1)[1])
+                floats = row if how == "float32" else floats
+                rows.append({"what": how, "executable": executable, **row, "share": row["resident MiB"] / floats["resident MiB"], "share of peak": row["peak MiB"] / floats["peak MiB"]})
+    show("memory of the decode model, run once", rows, ["what", "executable", "resident MiB", "share", "peak MiB", "share of peak", "peak of packing MiB", "tensors MiB"])
     return {"rows": rows}
 
 
-CASES = {"decode": case_decode, "prefill": case_prefill, "smollm2_decode": case_smollm2_decode, "memory": case_memory}
+CASES = {"decode": case_decode, "prefill": case_prefill, "outliers": case_outliers, "smollm2_decode": case_smollm2_decode, "memory": case_memory}
 
 
 def main(cases: list[str] = typer.Argument(None, help=f"some of: {', '.join(CASES)}"), rounds_file: bool = typer.Option(True, "--store/--no-store", help="write benchmarks/results/int8.json")) -> None:

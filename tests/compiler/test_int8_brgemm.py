@@ -8,18 +8,10 @@ from tileweld.compiler.backend import tileweld
 from tileweld.compiler.report import Report
 from tileweld.runtime import brgemm
 
+from .mlp import MLP
+
 FORCED = {"int8": {"scheme": "dynamic", "force": True}}
 THEIRS, OWN = "generated for this op, products of brgemm", "generated for this op; its own products take"
-
-
-class MLP(torch.nn.Module):
-    def __init__(self, width=512):
-        super().__init__()
-        self.norm, self.gate, self.up, self.down = torch.nn.RMSNorm(width, eps=1e-6), *(torch.nn.Linear(width, width, bias=False) for _ in range(3))
-
-    def forward(self, x):
-        y = self.norm(x)
-        return x + self.down(torch.nn.functional.silu(self.gate(y)) * self.up(y))
 
 
 def run(f, *inputs, dynamic=False, options=FORCED):

@@ -13,15 +13,7 @@ from tileweld.compiler.ir.int8_linear import dequantized, quantized
 from tileweld.compiler.report import Report
 from torch import nn
 
-
-class MLP(nn.Module):
-    def __init__(self, width=512):
-        super().__init__()
-        self.norm, self.gate, self.up, self.down = nn.RMSNorm(width, eps=1e-6), *(nn.Linear(width, width, bias=False) for _ in range(3))
-
-    def forward(self, x):
-        y = self.norm(x)
-        return x + self.down(torch.nn.functional.silu(self.gate(y)) * self.up(y))
+from .mlp import MLP
 
 
 @pytest.fixture(autouse=True)

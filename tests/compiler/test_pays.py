@@ -9,22 +9,14 @@ from tileweld.compiler import pays
 from tileweld.compiler.backend import tileweld
 from tileweld.compiler.report import Report
 
+from .mlp import MLP
+
 
 def run(f, *inputs):
     torch._dynamo.reset()
     report = Report()
     with torch.no_grad():
         return torch.compile(f, backend=functools.partial(tileweld, report=report), dynamic=False)(*inputs), report
-
-
-class MLP(torch.nn.Module):
-    def __init__(self, width=512):
-        super().__init__()
-        self.norm, self.gate, self.up, self.down = torch.nn.RMSNorm(width, eps=1e-6), *(torch.nn.Linear(width, width, bias=False) for _ in range(3))
-
-    def forward(self, x):
-        y = self.norm(x)
-        return x + self.down(torch.nn.functional.silu(self.gate(y)) * self.up(y))
 
 
 @pytest.fixture

@@ -6,12 +6,11 @@ import torch
 
 from tileweld.codegen.cpp.attention import emit
 from tileweld.compiler.errors import UnsupportedError
-from tileweld.compiler.ir.attention import Variant, empty_output, integer_captures, reference
-from tileweld.runtime.build import CppUnit, compile_cpp
-from tileweld.runtime.launch import CppLauncher
+from tileweld.compiler.ir.attention import Variant, integer_captures, reference
+
+from .stored_attention import compare, emitted, launchers, numbers
 
 I8, F32 = torch.int8, torch.float32
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 SHAPES = ((1, 1), (1, 130), (1, 700), (3, 300), (17, 17), (150, 333))  # Tq, Tk: streamed, packed; whole and partial panels
 SCALED = {"score": "0.25*(s*c0[b, floordiv(h, 2), j])", "value": "c1[b, floordiv(h, 2), j]"}
 
@@ -75,21 +74,13 @@ def variant_of(case, captures):
 
 def inputs(case, Tq, Tk, heads=4, kv_heads=2):
     _, captures, q, k, v, (d, e) = case
-
-    def made(dtype, *shape):
-        return torch.randint(-127, 128, shape, dtype=I8) if dtype == I8 else torch.randn(shape).to(dtype)
-
-    return made(q, 2, heads, Tq, d), made(k, 2, kv_heads, Tk, d), made(v, 2, kv_heads, Tk, e), captures(2, kv_heads, Tq, Tk)
+    return numbers(q, 2, heads, Tq, d), numbers(k, 2, kv_heads, Tk, d), numbers(v, 2, kv_heads, Tk, e), captures(2, kv_heads, Tq, Tk)
 
 
 def kernel(case, **known):
     _, captures, q, k, v, (d, e) = case
     made = captures(1, 2, 2, 2)
-    return emit(variant_of(case, made), q_dtype=q, k_dtype=k, v_dtype=v, capture_dtypes=[c.dtype for c in made], capture_ranks=[c.dim() for c in made], head_dim=d, value_dim=e, **known)
-
-
-def launchers(kernels):
-    return [CppLauncher(library, k.entry) for library, k in zip(compile_cpp([CppUnit.of(k) for k in kernels]), kernels)]
+    return emitted(variant_of(case, made), made, (q, k, v), (d, e), **known)
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +89,7 @@ def built():
 
 
 def check(run, case, q, k, v, captures):
-    out = empty_output(q, v.shape[3])
-    run([out, q, k, v, *captures], [])
-    expected = reference(q.double(), *(x if x.dtype == I8 else x.double() for x in (k, v)), [c.double() if c.is_floating_point() else c for c in captures], [], variant_of(case, captures))
-    scale = max(1.0, expected.nan_to_num().abs().max().item())
-    torch.testing.assert_close(out.double() / scale, expected / scale, atol=TOLERANCE[q.dtype], rtol=TOLERANCE[q.dtype], equal_nan=True)
-    return out
+    return compare(run, variant_of(case, captures), q, k, v, captures, reference)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,13 +8,12 @@ from hypothesis import strategies as st
 
 from tileweld.codegen.cpp.attention import emit
 from tileweld.compiler.errors import UnsupportedError
-from tileweld.compiler.ir.attention import Variant, empty_output, integer_captures
+from tileweld.compiler.ir.attention import Variant, integer_captures
 from tileweld.compiler.ir.attention_keys import definition
-from tileweld.runtime.build import CppUnit, compile_cpp
-from tileweld.runtime.launch import CppLauncher
+
+from .stored_attention import compare, emitted, launchers, numbers
 
 I8, F32, BF16, F16 = torch.int8, torch.float32, torch.bfloat16, torch.float16
-TOLERANCE = {F32: 2e-5, F16: 2e-3, BF16: 1.6e-2}
 SHAPES = ((1, 1), (1, 130), (3, 300), (8, 65), (17, 17), (150, 333))  # Tq, Tk: streamed, packed; whole and partial chunks, panels and groups
 GROUPS, CENTRED = "k*c0[b, h, floordiv(j, 32), d]", "k*c0[b, h, floordiv(j, 32), d] + c1[b, h, floordiv(j, 32), d]"
 RECENT = f"where(j < c2, {CENTRED}, c3[b, h, mod(j, 32), d])"
@@ -63,21 +62,13 @@ def variant_of(case, captures):
 
 def inputs(case, Tq, Tk, stored=None):
     _, _, captures, q, k, v, (d, e) = case
-
-    def made(dtype, *shape):
-        return torch.randint(-127, 128, shape, dtype=I8) if dtype == I8 else torch.randn(shape).to(dtype)
-
-    return made(q, 2, 4, Tq, d), made(k, 2, 2, Tk if stored is None else stored, d), made(v, 2, 2, Tk, e), captures(2, 2, Tk, d)
+    return numbers(q, 2, 4, Tq, d), numbers(k, 2, 2, Tk if stored is None else stored, d), numbers(v, 2, 2, Tk, e), captures(2, 2, Tk, d)
 
 
 def kernel(case, **known):
     _, _, captures, q, k, v, (d, e) = case
     made = captures(1, 2, 64, d)
-    return emit(variant_of(case, made), q_dtype=q, k_dtype=k, v_dtype=v, capture_dtypes=[c.dtype for c in made], capture_ranks=[c.dim() for c in made], head_dim=d, value_dim=e, **known)
-
-
-def launchers(kernels):
-    return [CppLauncher(library, k.entry) for library, k in zip(compile_cpp([CppUnit.of(k) for k in kernels]), kernels)]
+    return emitted(variant_of(case, made), made, (q, k, v), (d, e), **known)
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +77,7 @@ def built():
 
 
 def check(run, case, q, k, v, captures):
-    out = empty_output(q, v.shape[3])
-    run([out, q, k, v, *captures], [])
-    expected = definition(q.double(), *(x if x.dtype == I8 else x.double() for x in (k, v)), [c.double() if c.is_floating_point() else c for c in captures], [], variant_of(case, captures))
-    scale = max(1.0, expected.nan_to_num().abs().max().item())
-    torch.testing.assert_close(out.double() / scale, expected / scale, atol=TOLERANCE[q.dtype], rtol=TOLERANCE[q.dtype], equal_nan=True)
-    return out
+    return compare(run, variant_of(case, captures), q, k, v, captures, definition)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,6 +1,5 @@
 """Triton attention over int8 keys and values, and with a factor of the weights: interpreted against the definition, and compiled ahead of time."""
 import functools
-import math
 
 import pytest
 import torch
@@ -9,33 +8,19 @@ pytest.importorskip("triton", reason="the Triton target needs triton")
 
 from tileweld.codegen.triton.attention import emit  # noqa: E402
 from tileweld.compiler.errors import UnsupportedError  # noqa: E402
-from tileweld.compiler.ir.attention import Variant, empty_output, integer_captures, reference  # noqa: E402
+from tileweld.compiler.ir.attention import Variant  # noqa: E402
 from tileweld.compiler.kernels_table import table  # noqa: E402
-from tileweld.runtime.interpret import interpreted_entry  # noqa: E402
+
+from . import stored_attention  # noqa: E402
 
 I8, F32, F16, BF16 = torch.int8, torch.float32, torch.float16, torch.bfloat16
-#: relative to the largest output; fp16's and bf16's weights are computed in fp32 by the interpreter, and the output is rounded
 TOLERANCE = {F32: 5e-6, F16: 1e-3, BF16: 8e-3}
+run = functools.partial(stored_attention.run, tolerance=TOLERANCE)
 SCALED = {"score": "0.25*(s*c0[b, floordiv(h, 2), j])", "value": "c1[b, floordiv(h, 2), j]"}
 
 
 #: zero points of tokens: s k8 + z for keys and for values; c4 is the sum of every query
 ASYMMETRIC = {"score": "0.25*(s*c0[b, floordiv(h, 2), j] + c2[b, floordiv(h, 2), j]*c4[b, h, i])", "value": "c1[b, floordiv(h, 2), j]*v + c3[b, floordiv(h, 2), j]"}
-
-
-def run(texts, captures, *, dtype=F32, k=I8, v=I8, B=2, H=4, Hk=2, Tq=5, Tk=70, D=16, Dv=16):
-    def made(dtype, *shape):
-        return torch.randint(-127, 128, shape, dtype=I8) if dtype == I8 else torch.randn(shape).to(dtype)
-
-    q, keys, values = made(dtype, B, H, Tq, D), made(k, B, Hk, Tk, D), made(v, B, Hk, Tk, Dv)
-    variant = Variant(**{"fill": -math.inf, **texts}, integer_captures=integer_captures(captures))
-    kernel = emit(variant, q_dtype=dtype, k_dtype=k, v_dtype=v, capture_dtypes=[c.dtype for c in captures], capture_ranks=[c.dim() for c in captures], head_dim=D, value_dim=Dv)
-    out = empty_output(q, Dv).fill_(7)
-    interpreted_entry(kernel.name, kernel.source, kernel.entry)([out, q, keys, values, *captures], [])
-    expected = reference(q.double(), *(x if x.dtype == I8 else x.double() for x in (keys, values)), [c.double() if c.is_floating_point() else c for c in captures], [], variant)
-    assert torch.equal(out.isnan(), expected.isnan())
-    scale = expected.nan_to_num().abs().max().clamp(min=1e-6)
-    torch.testing.assert_close(out.double() / scale, expected / scale, rtol=0, atol=TOLERANCE[dtype], equal_nan=True)
 
 
 def scales(Tk=70, B=2, Hk=2):

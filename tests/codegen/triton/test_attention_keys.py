@@ -9,13 +9,12 @@ pytest.importorskip("triton", reason="the Triton target needs triton")
 
 from tileweld.codegen.triton.attention import emit  # noqa: E402
 from tileweld.compiler.errors import UnsupportedError  # noqa: E402
-from tileweld.compiler.ir.attention import Variant, empty_output, integer_captures  # noqa: E402
-from tileweld.compiler.ir.attention_keys import definition  # noqa: E402
+from tileweld.compiler.ir.attention import Variant  # noqa: E402
 from tileweld.compiler.kernels_table import table  # noqa: E402
-from tileweld.runtime.interpret import interpreted_entry  # noqa: E402
+
+from . import stored_attention  # noqa: E402
 
 I8, F32, F16, BF16 = torch.int8, torch.float32, torch.float16, torch.bfloat16
-TOLERANCE = {F32: 5e-6, F16: 2e-3, BF16: 2e-2}
 CENTRED = "k*c0[b, h, floordiv(j, 32), d] + c1[b, h, floordiv(j, 32), d]"
 RECENT = f"where(j < c2, {CENTRED}, c3[b, h, mod(j, 32), d])"
 
@@ -28,20 +27,9 @@ def recent(D=16, Tk=70, filled=50):
     return [*groups(D, Tk), torch.tensor(filled), torch.randn(2, 2, 32, D)]
 
 
-def run(key, captures, *, dtype=F32, k=I8, v=I8, H=4, Hk=2, Tq=5, Tk=70, D=16, Dv=16, stored=None, **texts):
-    def made(dtype, *shape):
-        return torch.randint(-127, 128, shape, dtype=I8) if dtype == I8 else torch.randn(shape).to(dtype)
-
-    q, keys, values = made(dtype, 2, H, Tq, D), made(k, 2, Hk, Tk if stored is None else stored, D), made(v, 2, Hk, Tk, Dv)
-    variant = Variant(**{"score": "0.1*s", "fill": -math.inf, **texts}, key=key, integer_captures=integer_captures(captures))
-    kernel = emit(variant, q_dtype=dtype, k_dtype=k, v_dtype=v, capture_dtypes=[c.dtype for c in captures], capture_ranks=[c.dim() for c in captures], head_dim=D, value_dim=Dv)
-    out = empty_output(q, Dv).fill_(7)
-    interpreted_entry(kernel.name, kernel.source, kernel.entry)([out, q, keys, values, *captures], [])
-    expected = definition(q.double(), *(x if x.dtype == I8 else x.double() for x in (keys, values)), [c.double() if c.is_floating_point() else c for c in captures], [], variant)
-    assert torch.equal(out.isnan(), expected.isnan())
-    scale = expected.nan_to_num().abs().max().clamp(min=1e-6)
-    torch.testing.assert_close(out.double() / scale, expected / scale, rtol=0, atol=TOLERANCE[dtype], equal_nan=True)
-    return out
+def run(key, captures, *, score="0.1*s", **rest):
+    texts = {name: rest.pop(name) for name in ("mask", "fill", "empty", "sink", "value") if name in rest}
+    return stored_attention.run({"score": score, "key": key, **texts}, captures, **rest)
 
 
 @pytest.mark.parametrize("Tq", [1, 70])  # decode, split over programs; prefill
