@@ -281,3 +281,15 @@ def test_a_calibrated_column_is_an_outlier_beside_its_layers_own_columns(thresho
     model = torch.nn.Sequential(torch.nn.Linear(16, 4))
     convert.quantize_(model, "llm_int8", threshold=threshold, calibration=x)
     assert model[0].columns.nonzero().flatten().tolist() == found
+
+
+def test_a_calibration_that_takes_long_shows_a_bar(monkeypatch):
+    from rich.progress import Progress
+
+    shown = []
+    monkeypatch.setattr(Progress, "start", lambda self: shown.append([(t.description, t.total, t.completed) for t in self.tasks]))
+    for after, times in ((1e9, 0), (0.0, 3)):  # nobody looks at one of two seconds
+        monkeypatch.setattr(convert.calibrate, "AFTER", after)
+        convert.quantize_(Model(), "llm_int8", calibration=[IDS] * 3)
+        assert len(shown) == times
+    assert shown[1] == [("calibration", 3, 2)]
