@@ -117,6 +117,16 @@ def test_heads_are_merged_before_they_are_quantised():
         convert.to_gqa(model, 1, calibration=tokens)
 
 
+def test_heads_merged_by_option_are_quantised_merged():
+    """Both by option: the merged weights are what becomes int8."""
+    module = models.load("llama_gqa")
+    model, inputs = module.build(), module.example_inputs(2, 9)
+    merged, first = run(model, *inputs, gqa=1, target="reference")
+    both, second = run(model, *inputs, gqa=1, int8={"scheme": "weight_only", "force": True}, target="reference")
+    assert first.counts["mha_to_gqa"] == second.counts["mha_to_gqa"] > 0 == first.counts["int8"] < second.counts["int8"] and 0 < distance(both, merged) < 0.03
+    assert all(u.kept for u in second.int8)
+
+
 def test_latent_attention_with_int8_weights():
     """Absorption moves products around; with int8 weights from the option it happens first, with int8 modules the weights stay as they are held."""
     module = models.load("deepseek_mla")

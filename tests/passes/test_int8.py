@@ -31,7 +31,7 @@ def ops(report):
     return [n for n in report.graphs[-1].graph.nodes if n.target is T.int8_linear.default]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_block_keeps_its_texts(rewriting, scheme, dtype):
     torch.manual_seed(0)
