@@ -247,8 +247,8 @@ def _(at, node, x, *args):
 
 
 def _sizes_of(at, node, x) -> list:
-    """The sizes of a node that is a reshape of x; symbolic ones as products of x's."""
-    if node.target in (aten.view_as.default, aten.reshape_as.default):
+    """The sizes of a node that is a reshape of x; symbolic ones as products of x's, or those of whom it is to be like."""
+    if node.target in (aten.view_as.default, aten.reshape_as.default, aten.expand_as.default):
         return [s if isinstance(s, int) else at(aten.sym_size.int, node.args[1], d) for d, s in enumerate(value(node).shape)]
     own = [s if isinstance(s, int) else at(aten.sym_size.int, x, d) for d, s in enumerate(value(x).shape)]
     if node.target is aten.unflatten.int:
@@ -361,7 +361,13 @@ def _(at, node, x, src, dim=0, start=None, end=None, step=1):
 # ---------------------------------------------------------------- what does nothing
 
 
-@row(aten.alias.default, aten.contiguous.default, aten.expand.default, aten.expand_as.default)
+@row(aten.expand_as.default)
+def _(at, node, x, other):
+    """Of other it reads the sizes alone."""
+    return at(aten.expand.default, x, _sizes_of(at, node, x))
+
+
+@row(aten.alias.default, aten.contiguous.default, aten.expand.default)
 def _(at, node, x, *args, **kwargs):
     return x if storages(x) == storages(node) and _same_layout(x, node) else None
 

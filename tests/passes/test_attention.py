@@ -198,6 +198,20 @@ def test_score_functions(score, compare):
     assert text in detail(compare(lambda q, k, v: attend(function(q @ k.mT), v), *qkv(), fused=1))
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_scores_that_are_asked_for_their_sizes_alone(compare, dynamic):
+    """Flaubert and XLM: the mask is expanded like the scores, and then written into them."""
+    def attend(q, k, v, seen):
+        scores = torch.matmul(q, k.transpose(2, 3)) * 0.25
+        hidden = (seen == 0).view(2, 1, 1, -1).expand_as(scores)
+        scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
+        return torch.matmul(F.softmax(scores.float(), dim=-1).type_as(scores), v)
+
+    seen = torch.ones(2, 9, dtype=torch.int64)
+    seen[0, :3] = 0
+    compare(attend, *(torch.randn(2, 4, 9, 16) for _ in range(3)), seen, fused=1, dynamic=dynamic)
+
+
 def test_bias_tensors_become_captures(compare):
     q, k, v = qkv()
     assert "c0[h, i, j]" in detail(compare(lambda q, k, v, b: attend(q @ k.mT + b, v), q, k, v, torch.randn(1, H, T, S), fused=1))

@@ -50,6 +50,7 @@ ROWS = {
     "flatten": (lambda x: x.flatten(), ["reshape.default"]),
     "flatten and unflatten": (lambda x: x.flatten().unflatten(0, (2, -1)).sin(), ["reshape.default", "sin.default"]),
     "view of a view": (lambda x: x.view(-1).view(2, -1).view(4, 6).sin(), ["sin.default"]),
+    "expand_as": (lambda x: x[:, :1].expand_as(x * 3) * 2, ["slice.Tensor", "expand.default", "mul.Tensor"]),  # the product's sizes are all that was read
     "view_as": (lambda x: x.view_as(x.reshape(2, 12)) * 2, ["reshape.default", "mul.Tensor"]),
     "transposed twice": (lambda x: x.t().mT.sin(), ["sin.default"]),
     "movedim": (lambda x: x.view(2, 2, 6).movedim(0, -1).permute(1, 2, 0).sin(), ["reshape.default", "permute.default", "sin.default"]),
