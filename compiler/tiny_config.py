@@ -24,7 +24,7 @@ WHERE_NONE = ("n_inner", "head_dim", "num_key_value_heads", "vocab_size")  # set
 # What a field is, by the end of its name, for names that SIZES does not have. Numbers only ever shrink.
 KINDS = tuple((re.compile(pattern), number) for pattern, number in (
     (r"(layers|n_layer|blocks|depth|num_stages_decoder)$", 2), (r"(heads|n_head)$", 4), (r"kv_heads$", 2), (r"(intermediate_size|ffn_dim|mlp_dim|ffn_hidden_size|intermediate_dim|d_ff)$", 128),
-    (r"(hidden_size|hidden_dim|embed_dim|d_model|projection_size|output_dim|embedding_size|proj_dim|embed_size|latent_dim|width)$", 64), (r"(vocab_size|codebook_size|num_embeddings)$", VOCABULARY), (r"experts$", 4),
+    (r"(hidden_size|hidden_dim|embed_dim|emb_dim|d_model|projection_size|output_dim|embedding_size|proj_dim|embed_size|latent_dim|width)$", 64), (r"(vocab_size|codebook_size|num_embeddings)$", VOCABULARY), (r"experts$", 4),
     (r"head_dim$", 16), (r"image_size$", 32), (r"(num_queries|num_query_tokens|num_latents)$", 8),
 ))
 STAGE_DEPTHS, STAGE_HEADS = re.compile(r"(depths?|layers|blocks)$"), re.compile(r"(heads)$")
