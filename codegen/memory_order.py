@@ -30,16 +30,17 @@ class MemoryOrder:
             if node.op in ("placeholder", "get_attr") and is_tensor(node) and value(node).layout is torch.strided:
                 self._same[(node, 0)] = of_storage.setdefault(value(node).untyped_storage()._cdata, (node, 0))
         self.bases = {node: frozenset(self._same.get(b, b) for b in found) for node, found in live.bases.items()}
-        self.written = frozenset(self._same.get(b, b) for b in live.written)
         self.reads: dict[Node, frozenset[Base]] = {}
-        self.writes: dict[Node, frozenset[Base]] = {}
+        self.writes = {node: found for node in graph.nodes if node.op == "call_function" and is_inplace(node) and (found := self._written_by(node))}
+        self.written = frozenset(self._same.get(b, b) for b in live.written).union(*self.writes.values())
         for node in graph.nodes:
-            if node.op not in ("placeholder", "get_attr") and not is_view(node):
-                read = frozenset().union(*(self.bases[a] for a in node.all_input_nodes)) & self.written
-                if read:
-                    self.reads[node] = read
-                if is_inplace(node):
-                    self.writes[node] = frozenset().union(*(self.bases[x] for argument, x in arguments(node) if argument.alias_info is not None and argument.alias_info.is_write and isinstance(x, Node))) or read
+            if node.op not in ("placeholder", "get_attr") and not is_view(node) and (read := frozenset().union(*(self.bases[a] for a in node.all_input_nodes)) & self.written):
+                self.reads[node] = read
+
+    def _written_by(self, node: Node) -> frozenset[Base]:
+        """The memory of the arguments that an op writes, whatever it returns."""
+        given = [x for argument, x in arguments(node) if argument.alias_info is not None and argument.alias_info.is_write]
+        return frozenset().union(*(self.bases[a] for x in given for a in (x if isinstance(x, (list, tuple)) else [x]) if isinstance(a, Node)))
 
     def copies_quietly(self, node: Node) -> bool:
         """May the node be a copy of such memory, made where it stands, though it renames elements only?"""
