@@ -4,9 +4,12 @@ The alternative is counted at its best: the library's product, and one pass over
 that is more than a tenth slower (the clock's noise on a busy machine) loses, and its op is taken apart. Timed once a kernel, number of
 rows and thread count, and kept in the cache. Small products are not timed: there the launches saved are worth more than the product.
 On a machine that is busy with other work, where a contender's own times differ by a third, nothing is concluded and nothing kept.
+
+On a GPU a time is that of several calls in a row, from Python, as an executable makes them; CUDA graphs, which launch faster, are not considered.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import time
@@ -29,26 +32,35 @@ STEADY = 1.3  # median over best
 MARGIN = 1.1
 CLEAR = 1.1  # this far from where the decision turns, two steady rounds are enough
 
+IN_A_ROW = 10  # calls on a GPU between two waits for it
+
 _known: dict[str, tuple[float, float]] = {}
 _UNSTEADY = (0.0, 0.0)
 
 
 def losers(choices: Sequence[Choice], launchers: dict[str, Callable], kept: dict[str, str]) -> dict[str, str]:
-    """Name of the node -> why it is better taken apart, of the fused matmuls on CPUs. kept: gains why int8 stays, of those that are int8."""
+    """Name of the node -> why it is better taken apart, of the fused matmuls. kept: gains why int8 stays, of those that are int8."""
     found = {}
     for choice in choices:
         k = choice.kernel
         if choice.op not in ("linear", "int8_linear"):
             continue
-        if k is None or k.language != "cpp" or k.source not in launchers:
-            kept[choice.node.name] = "not timed: it runs on its definition" if k is None or k.language == "cpp" else "not timed: int8 and float products are compared on CPUs alone"
+        if k is None or k.source not in launchers or choice.interpreted:
+            kept[choice.node.name] = "not timed: it runs in Triton's interpreter" if choice.interpreted else "not timed: it runs on its definition"
             continue
         x, *rest = (value(n) for n in choice.inputs)
         weights = rest[:len(choice.node.args[1])]
         if flops(choice) < WORTH_TIMING:
             kept[choice.node.name] = "too small to be timed"
             continue
-        fused, apart = _seconds(choice, k, launchers[k.source], x, weights, rest[len(weights):])
+        try:
+            fused, apart = _seconds(choice, k, launchers[k.source], x, weights, rest[len(weights):])
+        except Exception as error:  # of a GPU: its memory may be full, its kernels are compiled when they are called first
+            if x.device.type == "cpu":
+                raise
+            log.get("codegen").warning("%s could not be timed: %s", k.name, error)
+            kept[choice.node.name] = f"it could not be timed ({type(error).__name__})"
+            continue
         if choice.op == "int8_linear":  # it costs accuracy: no margin
             if fused >= apart and (fused, apart) != _UNSTEADY:
                 found[choice.node.name] = f"the float product is faster here: {apart * 1e3:.2f} ms against {fused * 1e3:.2f}"
@@ -80,7 +92,8 @@ def _seconds(choice: Choice, kernel: Kernel, launch: Callable, x, weights, captu
     """(the kernel's time, the library's with its passes over memory), from the cache or measured now."""
     shapes = [[hint(n) for n in t.shape] for t in (x, *weights, *captures)]
     strides = [[hint(n) for n in t.stride()] for t in (x, *weights)]
-    key = cache.entry_key("pays 2", kernel.source, shapes=shapes, strides=strides, threads=torch.get_num_threads())
+    where = {"device": torch.cuda.get_device_name(x.device)} if x.device.type == "cuda" else {"threads": torch.get_num_threads()}
+    key = cache.entry_key("pays 2", kernel.source, shapes=shapes, strides=strides, **where)
     return _kept(key, kernel.name, lambda: _measured(choice, launch, x, weights, captures))
 
 
@@ -109,19 +122,19 @@ def _kept(key: str, name: str, measure: Callable[[], tuple[float, float]]) -> tu
 def like(fake: torch.Tensor) -> torch.Tensor:
     """A real tensor of a fake one's layout; ones, since zeros and denormals may be faster or slower than numbers."""
     sizes, strides = [hint(n) for n in fake.shape], [hint(n) for n in fake.stride()]
-    return torch.empty_strided(sizes, strides, dtype=fake.dtype).fill_(1 if fake.dtype.is_floating_point else 0)
+    return torch.empty_strided(sizes, strides, dtype=fake.dtype, device=fake.device).fill_(1 if fake.dtype.is_floating_point else 0)
 
 
 def _measured(choice, launch, x, weights, captures) -> tuple[float, float]:
-    with real_tensors():
+    with real_tensors(), torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
         ins = [like(t) for t in (x, *weights, *captures)]
         outs = [like(value(o)) for o in choice.outputs]
         ints = [*map(hint, choice.ints)]
         source, matrices = ins[0], ins[1:1 + len(weights)]
         spare = torch.empty_like(source)
-        products = [torch.empty(source.shape[0], w.shape[0], dtype=source.dtype) for w in matrices]
+        products = [source.new_empty(source.shape[0], w.shape[0]) for w in matrices]
         if choice.op == "int8_linear":  # against floats of x's dtype
-            matrices = [torch.ones(w.shape, dtype=source.dtype) for w in matrices]
+            matrices = [source.new_ones(w.shape) for w in matrices]
         has_norm, epilogues = (bool(choice.node.args[at]) if at < 7 else choice.node.args[at] for at in ((5, 8) if choice.op == "int8_linear" else (4, 7)))
 
         def fused():
@@ -136,7 +149,7 @@ def _measured(choice, launch, x, weights, captures) -> tuple[float, float]:
                 if not text.startswith("a") or len(text) > 2:
                     torch.mul(products[0] if products[0].shape == out.shape else out, out, out=out)
 
-        return _timed(fused, apart, 1.0 if choice.op == "int8_linear" else MARGIN)
+        return _timed(fused, apart, 1.0 if choice.op == "int8_linear" else MARGIN, x.device)
 
 
 def timed(one: Callable, other: Callable, margin: float) -> tuple[float, float]:
@@ -145,15 +158,24 @@ def timed(one: Callable, other: Callable, margin: float) -> tuple[float, float]:
         return _timed(one, other, margin)
 
 
-def _timed(one: Callable, other: Callable, margin: float) -> tuple[float, float]:
-    for call in (one, other):
+def _once(call: Callable, device: torch.device) -> float:
+    """Seconds of a call; on a GPU of one of several in a row, whose launches overlap with what runs."""
+    calls = 1 if device.type == "cpu" else IN_A_ROW
+    start = time.perf_counter()
+    for _ in range(calls):
         call()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def _timed(one: Callable, other: Callable, margin: float, device: torch.device = torch.device("cpu")) -> tuple[float, float]:
+    for call in (one, other):
+        _once(call, device)
     times, started = ([], []), time.perf_counter()
     for done in range(1, ROUNDS + 1):
         for own, call in zip(times, (one, other)):
-            start = time.perf_counter()
-            call()
-            own.append(time.perf_counter() - start)
+            own.append(_once(call, device))
         if (done >= 3 and time.perf_counter() - started > SECONDS) or (done >= 2 and _is_steady(times) and _is_clear(min(times[0]), margin * min(times[1]))):
             break
     return (min(times[0]), min(times[1])) if _is_steady(times) else _UNSTEADY

@@ -127,9 +127,9 @@ def _check_whole(model: nn.Module, replaced) -> None:
                                   cure="make the model with real buffers (accelerate.init_empty_weights() leaves them so), or outside of the meta device; it is as it was")
 
 
-def _loaded(x: Tensor) -> Tensor:
-    """A tensor of the file. int8 rows are read whole at every step: they move to large pages, and the file's are let go. What is looked up stays in the mapping, of which only what is read becomes resident."""
-    if x.dtype != torch.int8 or (moved := settled(x)) is x:
+def _loaded(x: Tensor, is_table: bool) -> Tensor:
+    """A tensor of the file. int8 rows of layers are read whole at every step: they move to large pages, and the file's are let go. What is looked up stays in the mapping, of which only what is read becomes resident."""
+    if x.dtype != torch.int8 or is_table or (moved := settled(x)) is x:
         return x
     drop_pages(x)
     return moved
@@ -149,7 +149,8 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             problem = _problem(header)
             if problem:
                 raise _foreign(path, problem)
-            return header, {name: _loaded(file.get_tensor(name)) for name in file.keys()}
+            multiplied = {header["shared"].get(name, name) for module, row in header["modules"].items() if row["kind"] == "linear" for name in [f"{module}.q"]}
+            return header, {name: _loaded(file.get_tensor(name), name not in multiplied) for name in file.keys()}
     except (SafetensorError, OSError, ValueError, RecursionError) as error:  # the last from JSON that is nested thousands deep
         if isinstance(error, ConversionError):
             raise

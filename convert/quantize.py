@@ -83,7 +83,8 @@ def quantize_(model: nn.Module, scheme: str | dict = "weight_only", filter_fn: C
     calibration: for llm_int8, batches (see convert/calibrate.py): the outlier columns are then those that reach the threshold on them, or RELATIVE times the
                median of their layer's columns (an absolute threshold means nothing behind a gate), the same for every call, so that a row's result does not
                depend on its batch. None: they are found anew in every call, by the threshold alone.
-    embedding: the tables that are tied to no such layer, for memory alone. None: those of 2^20 numbers or more, under weight_only without a filter_fn; True: all of them, and filter_fn is asked.
+    embedding: tables, for memory alone. None: those tied to a layer that is replaced, and under weight_only without a filter_fn those of 2^20 numbers or more; True: all, and filter_fn is asked of those that are
+               not tied; False: none.
 
     Weights that several layers share stay shared. An nn.Embedding tied to a layer that is replaced reads the same int8 rows. A table that cannot be replaced (max_norm, a subclass) stays, and the report says why. Biases and scales become buffers:
     there is nothing left to train in a replaced layer. Eager calls run on the op's definition; compile the model to be fast.
@@ -110,7 +111,7 @@ def quantize_(model: nn.Module, scheme: str | dict = "weight_only", filter_fn: C
     freed = 0
     for name in [*chosen, *tables]:
         module = chosen.pop(name, None) or tables.pop(name)
-        layers.append(_replace_table(model, name, module, settings, shared) if isinstance(module, nn.Embedding) else _replace(model, name, module, settings, columns.get(name), shared, tied))
+        layers.append(_replace_table(model, name, module, settings, shared) if isinstance(module, nn.Embedding) else _replace(model, name, module, settings, columns.get(name), shared, tied, embedding))
         freed += layers[-1].bytes_before
         del module  # the last reference to its float weight
         if freed >= KEPT_BACK:
@@ -234,7 +235,7 @@ def _replace_table(model, name: str, table: nn.Embedding, settings: Int8, shared
     return _row(name, table.weight, q, scale, error, is_first, ["a table" if is_first else "shares the int8 rows of another table"])
 
 
-def _replace(model, name, module, settings, columns, shared, tied) -> QuantizedLayer:
+def _replace(model, name, module, settings, columns, shared, tied, embedding) -> QuantizedLayer:
     weight = module.weight
     q, scale, error, is_first = _rows(module, _matrix(module), settings, shared)
     bias = module.bias.detach() if module.bias is not None else None
@@ -243,7 +244,9 @@ def _replace(model, name, module, settings, columns, shared, tied) -> QuantizedL
     _put(model, module, new.train(module.training))
     notes = [] if is_first else ["shares the int8 rows of another layer"]
     for where, table in tied.pop(id(weight), []):
-        if type(table) is nn.Embedding and table.max_norm is None and _matrix(module) is weight:
+        if (asked := "left out by embedding=False" if embedding is False else settings.left_out(where)) is not None:
+            notes.append(f"{where}, which was tied to it, keeps its float weight: {asked}")
+        elif type(table) is nn.Embedding and table.max_norm is None and _matrix(module) is weight:
             _put(model, table, Int8Embedding(q, scale, weight.dtype, table.padding_idx, error).train(table.training))
             notes.append(f"{where} reads the same int8 rows")
         else:

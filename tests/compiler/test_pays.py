@@ -7,7 +7,10 @@ import pytest
 import torch
 from tileweld.compiler import pays
 from tileweld.compiler.backend import tileweld
+from tileweld.compiler.ir.kernel import Kernel
 from tileweld.compiler.report import Report
+from tileweld.compiler.select import Choice
+from torch._subclasses import FakeTensorMode
 
 from .mlp import MLP
 
@@ -103,3 +106,55 @@ def test_unsteady_rounds_are_not_clear_however_far_apart(monkeypatch):
 
     monkeypatch.setattr(pays, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     assert pays.timed(call, lambda: (call(), call()), pays.MARGIN) == pays._UNSTEADY
+
+
+def on_a_gpu(monkeypatch, tmp_path, times):
+    """What `losers` says of an int8 product on a GPU that there is not, whose clock the test is: times, or what the measurement raises."""
+    def measured(*args):
+        if isinstance(times, Exception):
+            raise times
+        return times
+
+    monkeypatch.setenv("TILEWELD_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(pays, "_known", {})
+    monkeypatch.setattr(pays, "_measured", measured)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, {device}")
+    graph = torch.fx.Graph()
+    with FakeTensorMode():
+        x, w, scale = torch.empty(64, 1024, device="cuda"), torch.empty(1024, 1024, dtype=torch.int8, device="cuda"), torch.empty(1024, 1, device="cuda")
+    nodes = [graph.placeholder(name) for name in ("x", "w", "scale")]
+    for node, known in zip(nodes, (x, w, scale)):
+        node.meta["val"] = known
+    node = graph.call_function(torch.ops.tileweld.int8_linear.default, (nodes[0], [nodes[1]], [nodes[2]]))
+    kernel = Kernel(name="int8_linear", language="triton", source="a source", entry="launch")
+    kept = {}
+    return pays.losers([Choice("int8_linear", "", node=node, kernel=kernel, inputs=nodes, outputs=[node])], {kernel.source: None}, kept), kept
+
+
+def test_products_on_a_gpu_are_timed_by_its_clock(monkeypatch, tmp_path):
+    lost, kept = on_a_gpu(monkeypatch, tmp_path, (2e-3, 1e-3))
+    assert lost == {"int8_linear_default": "the float product is faster here: 1.00 ms against 2.00"} and not kept
+    lost, kept = on_a_gpu(monkeypatch, tmp_path / "other", (1e-3, 2e-3))
+    assert not lost and kept == {"int8_linear_default": "int8 is faster here: 1.00 ms against 2.00"}
+
+
+def test_a_gpu_that_cannot_be_timed_keeps_what_was_asked_for(monkeypatch, tmp_path):
+    lost, kept = on_a_gpu(monkeypatch, tmp_path, torch.OutOfMemoryError("40 GiB"))
+    assert not lost and kept == {"int8_linear_default": "it could not be timed (OutOfMemoryError)"} and not list((tmp_path / "cache").glob("*.pays.json"))
+
+
+def test_calls_on_a_gpu_are_timed_in_a_row_until_it_is_done(monkeypatch):
+    now, done = [0.0], []
+
+    def call():
+        now[0] += 1e-5  # the launch alone
+        done.append("launched")
+
+    def synchronize(device):
+        now[0] += 1e-3 * done.count("launched")
+        done.clear()
+
+    monkeypatch.setattr(pays, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
+    assert pays._once(call, torch.device("cuda")) == pytest.approx(1.01e-3) and not done
+    assert pays._once(call, torch.device("cpu")) == pytest.approx(1e-5) and len(done) == 1

@@ -98,6 +98,16 @@ def test_what_stays(small):
     assert "lm_head, which stays float" in left(lambda model: (setattr(model, "lm_head", nn.Linear(32, 40)), setattr(model.lm_head, "weight", model.words.weight)), skip=["lm_head"], embedding=True)
 
 
+@pytest.mark.parametrize("arguments, word", [({"skip": ["words"]}, "skip='words'"), ({"embedding": False}, "embedding=False")])
+def test_a_tied_table_stays_where_it_is_asked_for(arguments, word):
+    model = Model()
+    model.lm_head = nn.Linear(32, 40, bias=False)
+    model.lm_head.weight = model.words.weight
+    before = model.words(IDS)
+    report = convert.quantize_(model, embedding=arguments.pop("embedding", None), **arguments)
+    assert isinstance(model.lm_head, convert.Int8Linear) and type(model.words) is nn.Embedding and torch.equal(model.words(IDS), before) and word in str(report)
+
+
 def test_two_tables_of_one_weight_share_their_rows(small):
     model = Model()
     model.decoder_words = nn.Embedding(40, 32)
@@ -122,3 +132,19 @@ def test_checkpoints(small, tmp_path):
     assert row["kind"] == "embedding" and row["error"] == model.words.error > 0
     convert.load_quantized(other, path)
     assert torch.equal(other(IDS), model(IDS)) and other.words.padding_idx == 1 and other.words.error == model.words.error
+
+
+def test_a_loaded_table_stays_in_the_file(small, tmp_path, monkeypatch):
+    """Of which only what is looked up becomes resident; the rows of layers move to large pages, those of a tied table with them."""
+    moved = []
+    monkeypatch.setattr(convert.checkpoint, "settled", lambda x: moved.append(tuple(x.shape)) or x)
+    for tied in (False, True):
+        model, other = Model(), Model()
+        for m in (model, other) if tied else ():
+            m.lm_head.weight = m.words.weight = nn.Parameter(torch.randn(40, 64))
+            m.words.embedding_dim = 64
+        convert.quantize_(model, skip=["up"])
+        convert.save_quantized(model, tmp_path / "model.safetensors")
+        convert.load_quantized(other, tmp_path / "model.safetensors")
+        assert torch.equal(other.words(IDS), model.words(IDS)) and moved == [(40, 64)]
+        moved.clear()
