@@ -165,8 +165,8 @@ class Launches(Vocabulary):
                 or any(x in self.virtual or x in self.inline for x in (into, index, source))):
             return False
         dim = -1 if whole else dim % into_value.dim()
+        given = [self._laid_out(x) for x in (index, source)]  # first: where that ends the run, what the run had of the target is given back
         own = self.targets.get(into) or self._laid_out(into)
-        given = [self._laid_out(x) for x in (index, source)]
         numbers = [into_value.dim(), dim, into_value.element_size(), into_value.shape[dim], index_value.stride(0) if index_value.dim() and not whole else 0, *source_value.shape, *into_value.stride(), *source_value.stride()]
         integers, doubles = self._once("index_copy_integers", f"integers({', '.join(map(str, numbers))})"), self._once("index_copy_floats", "floats()")
         self._step('"index_copy"', [(own, 0), *((t, 0) for t in given)], integers, doubles, "", frozenset(), f"{own}.copy_({self._argument(source)})" if whole else f"{own}.index_copy_({dim}, {self._argument(index)}, {self._argument(source)})")
