@@ -235,7 +235,10 @@ def _body(partition, group, outputs, leaves) -> tuple[ir.Body, list[int]]:
         raise NoNest(inner, "has no expression")
     if lift.dots:
         raise NoNest(set(outputs), "a contraction")
-    everything = [*(o.expr for o in written), *(r.expr for r in lift.reductions.values()), *(c[0] for c in lift.checks)]
+    everything = [*(o.expr for o in written), *(r.expr for r in lift.reductions.values())]
+    read = set().union(*map(sc.loads, everything))  # a row may lift an operand on trial, at an index that leaves it (cat's parts), and again where it may be read: memory outside is nobody's to check
+    checks = [c for c in lift.checks if read.issuperset(sc.loads(c[0]))]
+    everything += [c[0] for c in checks]
     if sum(map(_size, everything)) > MAX_NODES:
         raise NoNest(_latest(group), "too long an expression")
     used = {e.args[0] for x in everything for e in sc.loads(x)}
@@ -256,7 +259,7 @@ def _body(partition, group, outputs, leaves) -> tuple[ir.Body, list[int]]:
     rename = lambda x: x.xreplace(names)  # noqa: E731
     nest = ir.Nest(tuple(space.rows), tuple(space.columns), tuple(dataclasses.replace(r, expr=rename(r.expr)) for r in lift.reductions.values()),
                    tuple(dataclasses.replace(o, expr=rename(o.expr)) for o in written))
-    checks = tuple(ir.Check(0, rename(e), low, high) for e, low, high in lift.checks)
+    checks = tuple(ir.Check(0, rename(e), low, high) for e, low, high in checks)
     return ir.Body((nest,), *tensors, tuple(sorted(sizes, key=str)), checks, len(group.nodes)), [place[n] for n in inputs]
 
 

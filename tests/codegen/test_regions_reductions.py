@@ -134,6 +134,27 @@ def test_an_index_out_of_range_raises_as_eager_does():
         torch.testing.assert_close(compiled(IDS, TABLE, W), f(IDS, TABLE, W))
 
 
+@pytest.mark.parametrize("dim, normed", [(1, True), (1, False), (0, True)])
+@pytest.mark.parametrize("first", [True, False])
+def test_tokens_that_are_a_part_of_a_cat_are_checked_where_they_are_and_nowhere_else(dim, normed, first):
+    """ProphetNet's decoder: the cat is longer than the tokens, and what lies behind them in memory are no tokens. They raised, or another allocation was read, as it happened."""
+    def f(ids, table, other):
+        parts = [F.embedding(ids, table), other]
+        joined = torch.cat(parts if first else parts[::-1], dim)
+        return F.layer_norm(joined, (32,)) if normed else joined * 2 + 1
+
+    memory = torch.full((12, 20), 10**6)
+    ids, table, other = memory[4:8, 5:10], torch.randn(50, 32), torch.randn(4, 5, 32)
+    ids.copy_(torch.randint(0, 50, (4, 5)))
+    compiled = torch.compile(f, backend="tileweld", dynamic=False)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids, table, other), f(ids, table, other), rtol=1e-5, atol=1e-5)
+        for bad in (50, -1):
+            memory[7, 9] = bad
+            with pytest.raises(IndexError, match="out of range"):
+                compiled(ids, table, other)
+
+
 def test_hostile_rows():
     """Rows of zeros, of -inf, with NaN, with fp16's largest numbers."""
     x = torch.randn(6, 32)
