@@ -10,7 +10,8 @@ with its outputs.
 Legality, each with a test that must be refused or left alone:
 - inference: nothing that the op reads is trained;            - a weight is a parameter or buffer, or computed from such alone;
 - float32, float16 or bfloat16, groups that divide the columns, at most 133,144 columns where sums are int32;
-- weights that meet in one output (gate and up) are quantised alike.
+- weights that meet in one output (gate and up) are quantised alike;
+- no router: results of up to ROUTER columns whose topk says which experts run are not rounded, where it would save next to nothing and choose others.
 A weight with inf or NaN is refused when it is quantised, at the first call.
 
 Cost: 2 M N K operations before and after; of a weight's bytes a quarter is read (float32), N scales in addition, N K / group with groups.
@@ -29,14 +30,17 @@ from ..compiler.ir import int8_linear as _int8_linear_op  # noqa: F401 (register
 from ..compiler.ir import scalar as sc
 from ..compiler.ir.graph import insert, is_call, value
 from ..compiler.ir.int8_scheme import Int8
+from ..compiler.ir.lift import POINTWISE
 from ..compiler.ir.linear import spec_of
 from ..compiler.ir.prologue import renamed
 from ..compiler.ir.rewrite import Match, Refusal, Refused
+from ..compiler.ir.views import VIEWS
 from ..compiler.ir.weights import is_constant, why_trained
 
 NAME = "int8"
 OPTION = "int8"  # find is given options.int8
 aten, tileweld = torch.ops.aten, torch.ops.tileweld
+ROUTER = 1024  # columns; more are a vocabulary that is sampled from
 TOLERANCE = 0.1  # of the largest output, for verification with random numbers: int8 weights differ by about 0.01, both operands by 0.02
 
 
@@ -84,7 +88,7 @@ def left_float(graph: Graph, settings: Int8) -> Iterator[tuple[Node, str, str]]:
         for weight in node.args[1]:
             try:
                 is_taken = _source(weight, node, settings, heads) is not None
-                found[weight] = "" if is_taken else settings.left_out(_name(weight), bool(_placeholders(weight) & heads)) or "its int8 rows are a model's own"
+                found[weight] = "" if is_taken else settings.left_out(_name(weight), bool(_placeholders(weight) & heads)) or (f"it is a router: topk of its {value(weight).shape[0]} results says what is computed" if _is_router(weight, node) else "its int8 rows are a model's own")
             except Refused as refused:
                 found[weight] = refused.refusal.reason.partition(" stays float: ")[2] or refused.refusal.reason
         is_mixed = any(found.values())
@@ -113,7 +117,7 @@ def _source(weight: Node, node: Node, settings: Int8 | None, heads: set[Node]) -
     if settings is None:
         return None
     name = _name(weight)
-    if settings.left_out(name, bool(_placeholders(weight) & heads)) is not None:
+    if settings.left_out(name, bool(_placeholders(weight) & heads)) is not None or _is_router(weight, node):
         return None
     known = value(weight)
     where = f"the weight of {name}" if name else "a weight"
@@ -124,6 +128,23 @@ def _source(weight: Node, node: Node, settings: Int8 | None, heads: set[Node]) -
     if (problem := settings.problem(known.shape[1], known.dtype)) is not None:
         raise Refused(f"{where} stays float: {problem[0]}", node, problem[1])
     return Source(weight, (settings.activation, settings.threshold if settings.activation == "mixed" else math.inf, None), settings.group)
+
+
+def _is_router(weight: Node, node: Node) -> bool:
+    """Do results of this weight reach a topk, element by element, by a softmax or by views, and are they few?"""
+    if not isinstance(n := value(weight).shape[0], int) or n > ROUTER:
+        return False
+    spec = spec_of([value(c) for c in node.args[2]], node.args[4], *node.args[6:9])
+    own = [k for k, w in enumerate(node.args[1]) if w is weight]
+    stack, seen = [u for u in node.users if is_call(u, operator.getitem) and set(own) & set(spec.accumulators(u.args[1]))], set()
+    while stack:
+        n = stack.pop()
+        if is_call(n, aten.topk.default, aten.sort.default, aten.sort.stable):
+            return True
+        if n not in seen:
+            seen.add(n)
+            stack += [u for u in n.users if is_call(u, aten.topk.default, aten.sort.default, aten.sort.stable, aten.softmax.int, aten._softmax.default) or u.target in POINTWISE or u.target in VIEWS]
+    return False
 
 
 def _placeholders(node: Node) -> set[Node]:

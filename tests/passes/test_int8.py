@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tileweld import explain
 from tileweld.compiler.ir.int8_linear import dequantized, quantized
 from tileweld.compiler.ir.int8_scheme import SCHEMES
+from tileweld.passes.int8 import ROUTER
 
 T = torch.ops.tileweld
 
@@ -67,6 +69,28 @@ def test_what_is_left_out(rewriting):
 def test_gate_without_up_is_refused(rewriting):
     got, report = rewriting.rewritten(Block(), torch.randn(3, 16), int8={"scheme": "weight_only", "skip": ["up"]})
     assert ["meet in one output" in r.reason for r in report.refusals] == [True] and report.counts["int8"] == 2
+
+
+class Routed(nn.Module):
+    def __init__(self, experts, act):
+        super().__init__()
+        self.router, self.up, self.act = nn.Linear(16, experts, bias=False), nn.Linear(16, experts), act
+
+    def forward(self, x):
+        weights, chosen = self.act(self.router(x)).topk(2)
+        return self.up(x).gather(1, chosen) * weights
+
+
+@pytest.mark.parametrize("act", [lambda s: s.softmax(-1), lambda s: (s.sigmoid() * 2 + 1).view(-1, s.shape[-1]), lambda s: s], ids=["softmax", "sigmoid", "itself"])
+def test_a_router_stays_float(rewriting, act):
+    """Its choice of experts is that of the float model; a projection to a vocabulary of which the best are taken is none."""
+    model, x = Routed(8, act), torch.randn(64, 16)
+    _, report = rewriting.rewritten(model, x, int8="weight_only")
+    assert report.counts["int8"] == 1 and not report.refusals
+    with torch.no_grad():
+        few, many = (explain(m, x, options={"int8": {"scheme": "weight_only", "force": True}}).int8 for m in (model, Routed(ROUTER + 1, act)))
+    assert {r.name: (r.kept, "topk of its 8 results" in r.reason) for r in few} == {"up": (True, False), "router": (False, True)}
+    assert all(r.kept for r in many) and "router" in str(many)
 
 
 class Three(nn.Module):
