@@ -4,7 +4,7 @@ import functools
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="the Triton target needs triton")
+triton = pytest.importorskip("triton", reason="the Triton target needs triton")
 
 from tileweld.codegen.triton.attention import emit  # noqa: E402
 from tileweld.compiler.errors import UnsupportedError  # noqa: E402
@@ -16,6 +16,8 @@ from . import stored_attention  # noqa: E402
 I8, F32, F16, BF16 = torch.int8, torch.float32, torch.float16, torch.bfloat16
 TOLERANCE = {F32: 5e-6, F16: 1e-3, BF16: 8e-3}
 run = functools.partial(stored_attention.run, tolerance=TOLERANCE)
+#: most that a kernel may spill (bytes; registers on gfx942): a thread's 255 or 256 registers are all taken, and each Triton parts them its own way. 3.8 alone spills more
+SPILLS = {"sm_80": 8, "sm_100": 8, "gfx942": 1} | ({"sm_100": 40, "gfx942": 6} if triton.__version__.startswith("3.8.") else {})
 SCALED = {"score": "0.25*(s*c0[b, floordiv(h, 2), j])", "value": "c1[b, floordiv(h, 2), j]"}
 
 
@@ -89,9 +91,9 @@ def compiled(arch, dtype, dim):
 
 @pytest.mark.parametrize(("arch", "dtype", "matmul"), [("sm_80", F16, "mma"), ("sm_90", BF16, "wgmma"), ("sm_100", BF16, "tcgen05"), ("gfx942", BF16, "mfma")])
 def test_ahead_of_time(arch, dtype, matmul):
-    """Compiled for GPUs that are not here: the default tiles fit, the prefill uses the matrix units. Spills: none but one register of 256 on gfx942, two of tensor memory's on sm_100, two on sm_80 with Triton 3.6."""
+    """Compiled for GPUs that are not here: the default tiles fit, the prefill uses the matrix units. Spills: none but one register of 256 on gfx942, two of tensor memory's on sm_100, two on sm_80 with Triton 3.6; ten on sm_100 and six on gfx942 with 3.8."""
     for dim in (64, 128):
         for name, row in compiled(arch, dtype, dim).items():
             assert row.result is not None, row.error
-            assert row.result.fits and (row.result.spills <= {"sm_80": 8, "sm_100": 8, "gfx942": 1}.get(arch, 0)), (dim, name, row.result)
+            assert row.result.fits and row.result.spills <= SPILLS.get(arch, 0), (dim, name, row.result)
         assert compiled(arch, dtype, dim)["attention_kernel"].result.matmul == matmul
