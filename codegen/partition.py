@@ -194,12 +194,11 @@ class Partition:
             if not inside and node.op == "call_function" and (is_tensor_result(node) or is_inplace(node)) and not node.meta.get("kept"):
                 depth[node] += 1
         for node in reversed(gm.graph.nodes):  # a value that nobody needs before a later depth is computed there, if that keeps nothing alive longer
-            if node in self.computed and node not in self.free and node.users:
-                wanted = min((depth[u] - (0 if u in self.computed or is_view(u) else 1) if u.op != "output" else depth[node]) for u in node.users)
-                if wanted > depth[node] and self._may_wait(node):
-                    depth[node] = wanted
-            elif is_view(node) and node.users:
-                depth[node] = max(depth[node], min((depth[u] if u.op != "output" else depth[node]) for u in node.users))
+            if not node.users or not (node in self.computed and node not in self.free or is_view(node)):
+                continue
+            wanted = min((depth[u] - (0 if u in self.computed or is_view(u) else 1) if u.op != "output" else depth[node]) for u in node.users)
+            if wanted > depth[node] and (is_view(node) or self._may_wait(node)):
+                depth[node] = wanted
         return depth
 
     def _may_wait(self, node) -> bool:

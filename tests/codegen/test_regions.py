@@ -124,6 +124,21 @@ def test_rows_of_int8_and_their_scales_are_looked_up_in_one_kernel(alike):
         torch.compile(model, backend="tileweld")(ids - 20)
 
 
+def test_what_a_product_reads_through_a_view_is_computed_in_front_of_it():
+    """The norm's end was put behind the product of its view, into one kernel with what reads that product, and the kernel could not be placed."""
+    def f(x, g, b, w):
+        z = torch.cumsum(x, -1)
+        y = (z * g + b).view(-1, 16)
+        scores = F.linear(y, w)
+        return scores.abs().clamp(min=scores.max(-1, keepdim=True).values), torch.cumsum(y, -1)
+
+    inputs = [torch.randn(*s) for s in ((2, 9, 16), (16,), (16,), (4, 16))]
+    got, kernels = run(f, *inputs)
+    assert kernels and not any(k.implementation == "reference" for k in kernels)
+    for a, b in zip(got, f(*inputs)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_equal_layers_share_a_kernel():
     layers = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.SiLU(), torch.nn.Hardtanh(-0.5, 0.5)) for _ in range(4)])
     _, kernels = run(layers, torch.randn(3, 8))
