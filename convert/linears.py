@@ -26,10 +26,14 @@ def sizes_of(linear: nn.Module) -> tuple[int, int]:
     return (linear.nf, linear.nx) if is_conv1d(linear) else (linear.out_features, linear.in_features)
 
 
+def as_rows(linear: nn.Module, weight: Tensor) -> Tensor:
+    """[N, K], a view of what is laid out as the layer's weight."""
+    return weight.T if is_conv1d(linear) else weight
+
+
 def matrix(linear: nn.Module) -> Tensor:
     """[N, K], a view without its gradient."""
-    weight = linear.weight.detach()
-    return weight.T if is_conv1d(linear) else weight
+    return as_rows(linear, linear.weight.detach())
 
 
 def augmented(linear: nn.Module) -> Tensor:

@@ -58,7 +58,8 @@ def first_tensor(output: object) -> Tensor:
 class _Trial:
     """An attention module, run on what it was given with other heads: is its output the same?"""
 
-    def __init__(self, site: Site, call: Call):
+    def __init__(self, site: Site, call: Call, projection: bool = False):
+        self.projection = projection  # of the output projection, which nothing behind it in the module can hide (a residual, an MLP)
         self.site, self.twin, self.chance = site, isolated(site.module, torch.float64), torch.Generator().manual_seed(0)
         self.args, self.kwargs = cast(call.args, torch.float64), cast(call.kwargs, torch.float64)
         self.base = sharpened(read(site, self.twin), call.x)
@@ -66,7 +67,13 @@ class _Trial:
 
     def _run(self, heads: Heads) -> Tensor:
         write(self.site, self.twin, heads)
-        return first_tensor(self.twin(*self.args, **self.kwargs))
+        seen = []
+        handle = self.site.linear(self.site.output, self.twin).register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            whole = first_tensor(self.twin(*self.args, **self.kwargs))
+        finally:
+            handle.remove()
+        return seen[0] if self.projection else whole
 
     def same(self, heads: Heads) -> bool:
         return bool(torch.linalg.vector_norm(self._run(heads) - self.expected) <= SAME * torch.linalg.vector_norm(self.expected))
@@ -87,8 +94,16 @@ class _Trial:
 
 def settled(site: Site, call: Call) -> Site:
     """The site with the layout that its stacked projection has: queries, keys, values one after the other, or head by head (GPT-NeoX, BLOOM); as it is where neither fits."""
-    candidates = [site, replace(site, packed=True)] if site.q.child == site.k.child else []
-    return next((c for c in candidates if _Trial(c, call).frees_values()), site)
+    return next((c for c in _orders(site) if _Trial(c, call).frees_values()), site) if site.q.child == site.k.child else site
+
+
+def carrying(site: Site, call: Call) -> Site | None:
+    """`settled`, of a site whose values reach the output projection in their own basis; None where they do not."""
+    return next((c for c in _orders(site) if _Trial(c, call, projection=True).frees_values()), None)
+
+
+def _orders(site: Site) -> list[Site]:
+    return [site, replace(site, packed=True)] if site.q.child == site.k.child else [site]
 
 
 def find_gauge(site: Site, call: Call) -> Gauge:

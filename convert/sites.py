@@ -202,6 +202,14 @@ def read(site: Site, module: nn.Module, pairs: Tensor | None = None) -> Heads:
     return Heads(q, k, v, o.view(len(o), site.heads, site.dv).transpose(0, 1), pairs)
 
 
+def value_rows(site: Site) -> slice | Tensor:
+    """Which rows of its linear layer are the values', KV head by KV head."""
+    if not site.packed:
+        return slice(site.v.start, site.v.stop)
+    rows = torch.arange(sizes_of(site.linear(site.v.child))[0], device=site.linear(site.v.child).weight.device)
+    return rows.view(site.kv_heads, -1)[:, -site.dv:].flatten()
+
+
 def write(site: Site, module: nn.Module, heads: Heads) -> None:
     """Put `heads` in place of the projections of `module` (the site's, or a copy), in their dtype, and correct the counts it keeps itself."""
     parts: dict[str, list[Tensor]] = {}

@@ -9,14 +9,17 @@
     linear     X = before(z) with nothing between: rows of before
     attention  X = attention's result: rows of the value projection, one s for all query heads that read a KV head
 
-The first three are found in the graph that torch.export makes of the model, the last by the structure of its modules (sites.py); that the whole computes
-what it did is checked at the end, or everything is taken back.
+The first three are found in the graph that torch.export makes of the model, the last by the structure of its modules (sites.py), and where linear layers are Conv1D (GPT-2), whose names say
+nothing, by what was seen while the model ran (flow.py); either is tried out in float64 (probe.py). That the whole computes what it did is checked at the end, or everything is taken back.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import math
 from collections import Counter
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +28,16 @@ from torch.utils._pytree import tree_leaves
 
 from ..compiler.errors import ConversionError
 from .calibrate import batches, input_maxima
-from .linears import check_linear, is_conv1d, refuse_int8
-from .observe import evaluating, run
-from .sites import find_sites
+from .flow import trace
+from .linears import as_rows, check_linear, is_conv1d, is_linear, refuse_int8, sizes_of
+from .observe import Inputs, evaluating, probe_calls, run
+from .probe import carrying
+from .sites import Site, find_sites, value_rows
 
 aten = torch.ops.aten
 _KEEPS_COLUMNS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default, aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default)
-_RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+_RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints)
+_SIDES = {aten.linear.default: (0, 1), aten.addmm.default: (1, 2), aten.mm.default: (0, 1), aten.matmul.default: (0, 1)}  # where x and the weight stand; the first takes it [N, K], the others [K, N]
 LEAST = 1e-5  # of s, and 1 / LEAST the largest
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the outputs, relative; many norms compute in float32 whatever the model is. Half types 0.1: their own rounding of weights
 
@@ -66,7 +72,7 @@ class SmoothReport:
 class _Place:
     kind: str
     consumers: tuple[str, ...]  # names of linear modules
-    divided: tuple[tuple[str, slice, float], ...]  # (parameter, its rows, offset): value -> (value + offset) / s - offset
+    divided: tuple[tuple[str, slice | Tensor, float], ...]  # (parameter, its rows, offset): value -> (value + offset) / s - offset
     heads: tuple[int, int] | None = None  # of attention: KV heads, query heads of each
 
 
@@ -81,29 +87,32 @@ def smooth_(model: nn.Module, calibration, alpha: float = 0.5) -> SmoothReport:
         raise ConversionError(f"alpha is {alpha!r}, expected a number from 0 to 1")
     refuse_int8(model, ", and its columns have lost what scaling would have saved", "smooth_ first, then quantize_")
     first = batches(model, calibration)[0]
-    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
+    linears = {name: m for name, m in model.named_modules() if is_linear(m)}
     for name, linear in linears.items():
         check_linear(name, linear)
     with evaluating(model), torch.no_grad():
         places, left_out = _places(model, linears, first)
-        left_out = {name: "a Conv1D: scales are folded into nn.Linear alone" for name, m in model.named_modules() if is_conv1d(m)} | left_out
         wanted = {name for place in places for name in place.consumers}
         if not wanted:
             raise ConversionError(f"{type(model).__name__} has no place to fold scales into", cure="; ".join(f"{n}: {r}" for n, r in [*left_out.items()][:3]) or "it has no linear layers behind norms, products or attention")
         maxima = input_maxima(model, {name: linears[name] for name in wanted}, calibration)
         before = _outputs(model, first)
         for attempt in (places, [p for p in places if p.kind != "attention"]):
-            undo = _fold(model, attempt, maxima, alpha)
-            error = _difference(_outputs(model, first), before)
-            if error <= TOLERANCE.get(next(iter(linears.values())).weight.dtype, 0.1):
+            undo: dict[int, tuple[Tensor, Tensor]] = {}
+            error, allowed = math.inf, TOLERANCE.get(next(iter(linears.values())).weight.dtype, 0.1)
+            try:
+                _fold(model, attempt, maxima, alpha, undo)
+                error = _difference(_outputs(model, first), before)
+            finally:  # also where memory runs out halfway
+                for parameter, old in undo.values() if not error <= allowed else ():
+                    parameter.copy_(old)
+            if error <= allowed:
                 break
-            for parameter, old in undo:
-                parameter.copy_(old)
         else:
             raise ConversionError(f"the folded model differs from the original by {error:.2g}: it was left as it was", cure="look for weights that are read outside of their modules")
         if attempt is not places:
             left_out |= {name: "its attention does not carry a scale of the values to its output unchanged" for p in places if p.kind == "attention" for name in p.consumers}
-        after = {name: maxima[name] / _scales(model, place, maxima, alpha, undo) for place in attempt for name in place.consumers}
+        after = {name: maxima[name] / _scales(model, place, maxima, alpha, undo.values()) for place in attempt for name in place.consumers}
         folds = [Fold(p.kind, p.divided[0][0], p.consumers, float(maxima[p.consumers[0]].max()), float(after[p.consumers[0]].max())) for p in attempt]
     return SmoothReport(alpha, folds, left_out)
 
@@ -114,8 +123,8 @@ def smooth_(model: nn.Module, calibration, alpha: float = 0.5) -> SmoothReport:
 def _scales(model, place: _Place, maxima, alpha: float, undo=()) -> Tensor:
     """s [K] of a place, from the weights as they were."""
     old = {id(parameter): value for parameter, value in undo}
-    weights = [model.get_parameter(f"{name}.weight") for name in place.consumers]
-    largest = torch.stack([old.get(id(w), w).abs().amax(0).float() for w in weights]).amax(0)
+    layers = [model.get_submodule(name) for name in place.consumers]
+    largest = torch.stack([as_rows(m, old.get(id(m.weight), m.weight)).abs().amax(0).float() for m in layers]).amax(0)
     given = torch.stack([maxima[name] for name in place.consumers]).amax(0)
     if place.heads is not None:
         largest, given = (t.view(*place.heads, -1).amax(1, keepdim=True).expand(*place.heads, -1).reshape(-1) for t in (largest, given))
@@ -123,16 +132,15 @@ def _scales(model, place: _Place, maxima, alpha: float, undo=()) -> Tensor:
     return torch.where((given > 0) & (largest > 0), s, 1)
 
 
-def _fold(model, places: list[_Place], maxima, alpha: float) -> list[tuple[Tensor, Tensor]]:
-    """Change the parameters; returns [(parameter, its old value)]. One parameter may be in two places: o_proj's columns and, before it, v_proj's rows."""
+def _fold(model, places: list[_Place], maxima, alpha: float, undo: dict[int, tuple[Tensor, Tensor]]) -> None:
+    """Change the parameters; undo gets id -> (parameter, its old value). One parameter may be in two places: o_proj's columns and, before it, v_proj's rows."""
     scales = [_scales(model, place, maxima, alpha) for place in places]
-    undo: dict[int, tuple[Tensor, Tensor]] = {}
 
     def change(name: str, by) -> None:
         parameter = model.get_parameter(name)
         undo.setdefault(id(parameter), (parameter, parameter.clone()))
         wide = parameter.double()
-        by(wide)
+        by(as_rows(model.get_submodule(name.rpartition(".")[0]), wide) if wide.dim() == 2 else wide)
         parameter.copy_(wide)  # rounded once a fold
 
     for place, s in zip(places, scales):
@@ -145,7 +153,6 @@ def _fold(model, places: list[_Place], maxima, alpha: float) -> list[tuple[Tenso
                 w[part] = ((w[part] + offset) / (rows if w.dim() == 1 else rows[:, None])) - offset
 
             change(name, divide)
-    return [*undo.values()]
 
 
 def _outputs(model, call) -> list[Tensor]:
@@ -176,25 +183,58 @@ def _places(model: nn.Module, linears, call) -> tuple[list[_Place], dict[str, st
             left_out[name] = found
         else:
             places.append(found)
-    for place in _attention(model, graph):
-        places.append(place)
-        left_out.pop(place.consumers[0], None)
+    for name, linear in linears.items():
+        if is_conv1d(linear) and name not in graph.times:
+            left_out[name] = "the graph has no product x w with its weight"
+    for place in _attention(graph, _sites(model, graph, call, left_out)):
+        if place.consumers[0] in left_out:  # else its scale goes elsewhere already
+            places.append(place)
+            left_out.pop(place.consumers[0])
     return places, left_out
 
 
-def _attention(model, graph: _Exported):
-    try:
+def _sites(model: nn.Module, graph: _Exported, call: Inputs, left_out: dict[str, str]) -> Iterator[Site]:
+    """Attention modules known by their names, and those of Conv1D that were seen at work; each tried out. left_out gets why one is none."""
+    call, flow, sites = _one_row(model, call), [], []
+    with contextlib.suppress(ConversionError):
         sites = find_sites(model)
-    except ConversionError:
-        return
+    try:
+        if any(is_conv1d(m) for m in graph.modules.values()):
+            known = {site.name for site in sites}
+            sites += [s for s in find_sites(model, turned=False, watch=lambda: flow.append(trace(model, call)) or flow[0]) if s.name not in known and any(is_conv1d(s.linear(child)) for child in s.children)]
+    except ConversionError as error:
+        left_out |= {a.output: f"attentions cannot be told apart: {error.what}" for seen in flow for a in seen.attentions if a.output in left_out and is_conv1d(graph.modules[a.output])}
+    sites = [s for s in sites if all(graph.times[f"{s.name}.{child}".lstrip(".")] == 1 for child in s.children)]
+    calls = probe_calls(model, sites, call, cross={})
+    for site in (s for s in sites if s.name in calls):
+        output, problem = f"{site.name}.{site.output}".lstrip("."), "another basis of the values changes its attention's output"
+        try:
+            found = carrying(site, calls[site.name])
+        except Exception as error:  # the module does not run alone, in float64
+            found = site if site.q.child != site.k.child and site.dtype in TOLERANCE else None  # then the check of the whole says it, which half types are too coarse for
+            problem = f"its attention could not be tried out: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        if found is not None:
+            yield found
+        elif output in left_out:
+            left_out[output] = problem
+
+
+def _one_row(model: nn.Module, call: Inputs) -> Inputs:
+    """Enough to see what follows what, and every result between is kept meanwhile; the whole call where the model does not take it."""
+    try:
+        run(model, row := call.map(lambda x: x[:1]))
+    except Exception:
+        return call
+    return row
+
+
+def _attention(graph: _Exported, sites: Iterator[Site]) -> Iterator[_Place]:
     for site in sites:
         output, value = (f"{site.name}.{child}" if site.name else child for child in (site.output, site.v.child))
-        names = {graph.linears[n] for n in graph.linears}
-        if output not in names or value not in names or graph.problem_of(output) or graph.problem_of(value) or getattr(site.module, site.output).in_features != site.heads * site.dv:
+        if output not in graph.times or value not in graph.times or graph.problem_of(output) or graph.problem_of(value, rows=True) or sizes_of(site.linear(site.output))[1] != site.heads * site.dv:
             continue
-        linear = getattr(site.module, site.v.child)
-        rows = slice(site.v.start, site.v.stop)
-        divided = [(f"{value}.weight", rows, 0.0)] + ([(f"{value}.bias", rows, 0.0)] if linear.bias is not None else [])
+        rows = value_rows(site)
+        divided = [(f"{value}.weight", rows, 0.0)] + ([(f"{value}.bias", rows, 0.0)] if site.linear(site.v.child).bias is not None else [])
         yield _Place("attention", (output,), tuple(divided), (site.kv_heads, site.heads // site.kv_heads))
 
 
@@ -215,29 +255,34 @@ class _Exported:
         for name, p in model.named_parameters(remove_duplicate=False):
             self.names.setdefault(id(p), []).append(name)
         self.model, self.modules = model, linears
-        calls = {n: self._module(n) for n in exported.graph_module.graph.nodes if n.target is aten.linear.default}
+        calls = {n: self._module(n) for n in exported.graph_module.graph.nodes if n.target in _SIDES}
         self.linears = {n: name for n, name in calls.items() if name is not None}
         self.times = Counter(self.linears.values())
 
     def _module(self, node: Node) -> str | None:
         """The linear module whose weight the product is with; a tied weight goes by its first name in the graph."""
-        name = self.parameter.get(node.args[1])
+        name = self.parameter.get(node.args[_SIDES[node.target][1]])
         names = self.names[id(self.model.get_parameter(name))] if name is not None else []
-        return next((found for n in names if (found := n.rpartition(".")[0]) in self.modules), None)
+        return next((found for n in names if (found := n.rpartition(".")[0]) in self.modules and is_conv1d(self.modules[found]) == (node.target is not aten.linear.default)), None)
 
-    def problem_of(self, name: str) -> str | None:
-        """Why a linear layer's weight may not be changed."""
-        weight = self.modules[name].weight
+    def problem_of(self, name: str, rows: bool = False) -> str | None:
+        """Why a linear layer's weight may not be changed; rows: of the bias too, which must be what its product is added to."""
+        weight, bias = self.modules[name].weight, self.modules[name].bias
         if len(self.names[id(weight)]) > 1:
             return f"its weight is tied to {next(n for n in self.names[id(weight)] if n != f'{name}.weight')}"
         if self.times[name] > 1:
             return f"it runs {self.times[name]} times in one forward"
         node = next(n for n in self.linears if self.linears[n] == name)
-        return "its weight is also read outside of it" if len(node.args[1].users) > 1 else None
+        if len(node.args[_SIDES[node.target][1]].users) > 1:
+            return "its weight is also read outside of it"
+        added = node.args[0] if node.target is aten.addmm.default else node.args[2] if len(node.args) > 2 else None
+        if rows and (added is None) != (bias is None) or rows and bias is not None and (len(self.names[id(bias)]) > 1 or len(added.users) > 1 or self.parameter.get(added) not in self.names[id(bias)]):
+            return "its bias is shared, or another"
+        return None
 
     def place(self, node: Node) -> _Place | str:
         """Where the scale of this linear layer's input goes, or why nowhere."""
-        source = self._through(node.args[0])
+        source = self._through(node.args[_SIDES[node.target][0]])
         consumers, other = self._consumers(source)
         if other is not None:
             return f"its input is also read by {getattr(other.target, '__name__', other.op)}, which is no linear layer" if other.op != "output" else "its input is also returned by the model"
@@ -261,7 +306,7 @@ class _Exported:
         found, stack = [], [(source, u) for u in source.users]
         while stack:
             value, user = stack.pop()
-            if user in self.linears and user.args[0] is value:
+            if user in self.linears and user.args[_SIDES[user.target][0]] is value and sum(a is value for a in user.args) == 1:
                 found.append(user)
             elif self._through(user) is not user:
                 stack.extend((user, u) for u in user.users)
@@ -270,7 +315,7 @@ class _Exported:
         return sorted(found), None
 
     def _parameter(self, node) -> str | None:
-        """A vector of the model that is read once and has one name."""
+        """A vector of the model."""
         node = self._through(node) if isinstance(node, Node) else node
         name = self.parameter.get(node)
         return name if name is not None and node.meta["val"].dim() == 1 else None
@@ -296,7 +341,7 @@ class _Exported:
                 below, offset = (self._through(a), 0.0) if isinstance(a, Node) else (None, 0.0)
                 if below is not None and below.target is aten.add.Tensor and 1 in below.args[1:]:
                     below, offset = self._through(below.args[0]), 1.0
-                if (name := self._parameter(below)) is not None:
+                if (name := self._parameter(below)) is not None and _width(below) == _width(source):
                     vectors = [(name, slice(None), offset)]
                     break
         if not vectors or any(name is None for name, _, _ in vectors):
@@ -308,10 +353,11 @@ class _Exported:
         candidates = [source] if source in self.linears else []
         kind = "linear"
         if source.target is aten.mul.Tensor:
-            kind, candidates = "product", [n for a in reversed(source.args) if isinstance(a, Node) and (n := self._through(a)) in self.linears]
+            kind, candidates = "product", [n for a in reversed(source.args) if isinstance(a, Node) and (n := self._through(a)) in self.linears and _width(n) == _width(source)]
+            candidates = [n for n in candidates if candidates.count(n) == 1]  # x * x would be divided twice
         for node in candidates:
             name = self.linears[node]
-            if self.problem_of(name) is None and (node is source or self._reads_only(node, source)):
+            if self.problem_of(name, rows=True) is None and (node is source or self._reads_only(node, source)):
                 parameters = [f"{name}.weight"] + ([f"{name}.bias"] if self.modules[name].bias is not None else [])
                 return kind, tuple((p, slice(None), 0.0) for p in parameters)
         return None
@@ -326,3 +372,7 @@ class _Exported:
                 return False
             stack.extend(user.users)
         return True
+
+
+def _width(node: Node) -> int:
+    return node.meta["val"].shape[-1]

@@ -125,6 +125,31 @@ def test_attention_output_goes_into_the_values_equal_within_a_group(kv_heads):
     assert ratio.std() > 0
 
 
+class Packed(nn.Module):
+    """Queries, keys and values of a head stand together in one layer, as in GPT-NeoX. normed: the values are normalised, so that no scale of theirs reaches the output."""
+
+    def __init__(self, normed):
+        super().__init__()
+        self.norm, self.qkv, self.o = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.num_heads = self.num_kv_heads = 4
+        self.normed = normed
+
+    def forward(self, x):
+        q, k, v = (t.transpose(1, 2) for t in self.qkv(self.norm(x)).unflatten(-1, (4, 3, 8)).unbind(-2))
+        return x + self.o(F.scaled_dot_product_attention(q, k, F.normalize(v, dim=-1) if self.normed else v).transpose(1, 2).flatten(-2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rows_of_the_values_are_told_apart_where_the_whole_is_too_coarse_to_say(dtype, normed):
+    model, x = Packed(normed).to(dtype), torch.randn(2, 7, 32).mul(8).to(dtype)  # beside the residual, other rows would change a bfloat16 result by 2 %, and half of what attention adds
+    plain = copy.deepcopy(model)
+    report = convert.smooth_(model, x)
+    assert ("attention" in {f.kind for f in report.folds}) == (not normed) and (not normed or "another basis of the values" in report.left_out["o"])
+    after, before = (m.double()(x.double()) - x.double() for m in (model, plain))
+    assert (after - before).norm() < (1e-2 if dtype == torch.bfloat16 else 1e-12) * before.norm()
+
+
 def test_after_smoothing_int8_activations_are_nearer():
     model = Gated(bias=False)
     model.norm.weight[2] = 80.0
@@ -168,14 +193,6 @@ def test_a_fold_that_would_change_the_model_is_taken_back(monkeypatch):
     with pytest.raises(ConversionError, match="differs from the original"):
         convert.smooth_(model, X)
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
-
-
-def test_layers_of_another_kind_are_named():
-    import transformers
-
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=16, bos_token_id=0, eos_token_id=0)).eval()
-    with pytest.raises(ConversionError, match="no place to fold.*transformer.h.0.attn.c_attn: a Conv1D"):
-        convert.smooth_(model, torch.randint(0, 20, (2, 9)))
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "Phi3"])
