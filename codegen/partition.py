@@ -133,6 +133,7 @@ class Partition:
 
         for group in reversed(self.groups()):
             self._sink(group)
+        self.launched = self.before.copy()  # the same between launches, each of several groups
 
     def _sink(self, group: Group) -> None:
         """A group that one other alone reads is computed there, at each place where it is read: a half negated for rotary's cat, a slice."""
@@ -169,7 +170,7 @@ class Partition:
         """Nodes that read nothing and compute nothing dear (positions, constants, masks of them), and small ones that large ones broadcast (1 + weight)."""
         free: set[Node] = set()
         for node in gm.graph.nodes:
-            tensors = [a for a in node.all_input_nodes if is_tensor(a)]
+            tensors = [a for a in node.all_input_nodes if is_tensor(a) or isinstance(value(a), (list, tuple))]  # a call's results are no constants
             cheap = node in self.computed and node.target not in _EXPENSIVE and node.target not in REDUCTIONS and node not in self.before_in_memory or is_view(node)
             if cheap and (all(a in free for a in tensors) or (all(a in free or a.op in ("placeholder", "get_attr") for a in tensors) and self._is_spread(node))):
                 free.add(node)
@@ -235,9 +236,11 @@ class Partition:
             group.rows = numel(node)
         group.add(node)
         self.group_of[node] = group
-        for other in mine:
-            if other is not group:
-                self._join(other, group) if self._can_merge(other, group) else self.before.add_edge(other, group)
+        others = [other for other in mine if other is not group]
+        self.before.add_edges_from((other, group) for other in others)  # all of them first: one may lie between another and this one
+        for other in others:
+            if self._can_merge(other, group):
+                self._join(other, group)
 
     def _may_join(self, group, mine) -> bool:
         """No other producer's group may need this one's results."""
@@ -268,21 +271,27 @@ class Partition:
                 self.before.add_edge(p, second)
         self.before.remove_node(first)
 
-    def depends(self, first: Group, second: Group) -> bool:
-        """Does the second need, over others of its depth, what the first computes?"""
-        return nx.has_path(self.before, first, second)
-
-    def siblings(self, groups: list[Group], reads: Callable[[Group], set[Node]]) -> list[list[Group]]:
-        """Groups of one depth that read a tensor in common and do not depend on each other: bundles that share a launch."""
+    def siblings(self, groups: list[Group], reads: Callable[[Group], set[Node]], most: int) -> list[list[Group]]:
+        """Groups of one depth that read a tensor in common and do not depend on each other: bundles that share a launch, of at most so many."""
         bundles: list[list[Group]] = []
         for group in groups:
             for bundle in bundles:
-                if bundle[0].depth == group.depth and any(reads(group) & reads(other) for other in bundle) and not any(self.depends(*pair) for x in bundle for pair in ((x, group), (group, x))):
+                if len(bundle) < most and any(reads(group) & reads(other) for other in bundle) and self.may_bundle(bundle[0], group):
+                    self.bundle(bundle[0], group)
                     bundle.append(group)
                     break
             else:
                 bundles.append([group])
         return bundles
+
+    def may_bundle(self, first: Group, second: Group) -> bool:
+        """May two groups share a launch? Neither needs the other, nor what is launched together with something that does."""
+        return first.depth == second.depth and not nx.has_path(self.launched, first, second) and not nx.has_path(self.launched, second, first)
+
+    def bundle(self, first: Group, second: Group) -> None:
+        """The second is launched with the first, which stands for both from now on."""
+        self.launched.add_edges_from([(p, first) for p in self.launched.predecessors(second)] + [(first, s) for s in self.launched.successors(second)])
+        self.launched.remove_node(second)
 
 
 def _gathers_alike(a: Node, b: Node) -> bool:

@@ -65,13 +65,13 @@ def _regions(partition: Partition, gm: GraphModule, memo: dict):
     if refused:
         return [], refused
     parts = dict(built)
-    bundles = partition.siblings(list(parts), lambda g: {n for n in parts[g].inputs if is_tensor(n) and value(n).dim() > 1})
-    bundles = [bundle[k:k + MAX_NESTS] for bundle in bundles for k in range(0, len(bundle), MAX_NESTS)]
+    bundles = partition.siblings(list(parts), lambda g: {n for n in parts[g].inputs if is_tensor(n) and value(n).dim() > 1}, MAX_NESTS)
     for group, outputs in small:
-        host = next((b for b in bundles if b[0].depth == group.depth and len(b) < MAX_NESTS and not any(partition.depends(*pair) for g in b for pair in ((g, group), (group, g)))), None)
+        host = next((b for b in bundles if len(b) < MAX_NESTS and partition.may_bundle(b[0], group)), None)
         try:
             if host is not None:
                 parts[group] = _lifted(partition, gm, group, outputs, memo)
+                partition.bundle(host[0], group)
                 host.append(group)
         except NoNest:  # it stays a call
             pass

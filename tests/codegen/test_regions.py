@@ -139,6 +139,29 @@ def test_what_a_product_reads_through_a_view_is_computed_in_front_of_it():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def a_sum_in_between(x, a, b, w):
+    y = torch.softmax(x, -1)
+    return torch.where(y > 0.1, y[:, 3:].sum(), y - 1)  # softmax and where share a space, and the sum between them has another
+
+
+def crossed_neighbours(x, a, b, w):
+    part = torch.cat([a, a]).mean(0)
+    return torch.sigmoid(a + w.sum() * 0.1), torch.tanh(part[4:5])  # the mean goes with the sigmoid (both read a), and w's sum must not go with the tanh
+
+
+def what_a_call_returns_is_no_constant(x, a, b, w):
+    y = torch.topk(x, 5).values * 2  # not computed by each of its readers
+    return y, y.mean() + b.sum(1, keepdim=True) * 0.1, (y - 1).abs()
+
+
+@pytest.mark.parametrize("f", [a_sum_in_between, crossed_neighbours, what_a_call_returns_is_no_constant], ids=lambda f: f.__name__)
+def test_kernels_that_need_each_other_are_two(f):
+    inputs = [torch.randn(8, 8), torch.randn(72, 64), torch.randn(5, 8), torch.randn(8, 8)]
+    got, kernels = run(f, *inputs)
+    assert kernels and not any(k.implementation == "reference" for k in kernels)
+    torch.testing.assert_close(got, f(*inputs), rtol=1e-5, atol=1e-5)
+
+
 def test_equal_layers_share_a_kernel():
     layers = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.SiLU(), torch.nn.Hardtanh(-0.5, 0.5)) for _ in range(4)])
     _, kernels = run(layers, torch.randn(3, 8))
