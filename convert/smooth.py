@@ -166,7 +166,12 @@ def _outputs(model, call) -> list[Tensor]:
 
 
 def _difference(found: list[Tensor], wanted: list[Tensor]) -> float:
-    return max((float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300)) for a, b in zip(found, wanted, strict=True)), default=0.0)
+    """The largest relative one; NaN or inf where an output is not finite that was, or was another."""
+    each = []
+    for a, b in zip(found, wanted, strict=True):
+        a, b = a.double(), b.double()
+        each.append(torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, a - b).norm() / torch.where(b.isfinite(), b, 0.0).norm().clamp_min(1e-300))
+    return float(torch.stack(each).max()) if each else 0.0
 
 
 # ---------------------------------------------------------------- where

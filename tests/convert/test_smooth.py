@@ -1,6 +1,7 @@
 """smooth_: the model computes what it did, in float64; each way of folding, and each place that must be left alone."""
 import copy
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tileweld import convert
 from tileweld.compiler.errors import ConversionError
+from tileweld.convert.smooth import _difference
 from torch import nn
 
 _spec = importlib.util.spec_from_file_location("attention_model", Path(__file__).with_name("attention_model.py"))
@@ -210,3 +212,11 @@ def test_hugging_face_models(name):
     after = model(tokens, use_cache=False).logits
     kinds = {f.kind for f in report.folds}
     assert (after - before).norm() < 1e-6 * before.norm() and {"norm", "attention"} <= kinds and ("product" in kinds or name == "Phi3"), report.left_out
+
+
+def test_the_difference_of_outputs_sees_every_one():
+    """A second output that is NaN passed; one that was NaN before is no difference."""
+    x, nan, inf = torch.tensor([1.0, 2.0]), torch.tensor([1.0, math.nan]), torch.tensor([1.0, math.inf])
+    assert _difference([x, x], [x, x]) == _difference([nan, inf], [nan, inf]) == _difference([], []) == 0
+    assert not _difference([x, nan], [x, x]) <= 1 and not _difference([x, x], [x, nan]) <= 1 and not _difference([x, -inf], [x, inf]) <= 1
+    assert _difference([x, 1.5 * x], [x, x]) == pytest.approx(0.5)
