@@ -54,7 +54,7 @@ def _join(attention: Node) -> list[Node] | None:
 
 def _dim_before(view: Node, dim: int) -> int | None:
     """Which dim of a view's input its dim ``dim`` is, whole; None if it is none, or the view is not of those that do the same to a narrower tensor."""
-    if view.op != "call_function" or not isinstance(view.args[0], Node):
+    if view.op != "call_function" or not is_tensor(view.args[0]):  # one of a call's results
         return None
     rank, before = value(view).dim(), value(view.args[0]).dim()
     if is_call(view, aten.permute.default):

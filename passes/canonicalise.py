@@ -226,7 +226,7 @@ def _(at, node, x, dim):
     for source in node.graph.nodes:
         if source.op != "placeholder":
             break
-        if isinstance(value(source), torch.SymInt) and value(source).node.expr == wanted.node.expr:
+        if isinstance(value(source), torch.SymInt) and isinstance(wanted, torch.SymInt) and value(source).node.expr == wanted.node.expr:  # it may be known by now: an input's that equals a weight's
             return source
     return None
 

@@ -183,3 +183,25 @@ def test_positions_from_data_are_checked_within_a_run():
         assert torch.equal(ours, before)
     report = tileweld.explain(f, table, ours, torch.tensor([1]), torch.tensor([1]))
     assert report.fallbacks == {"index_copy": 1}
+
+
+def rows_in_between(cache, x, w):
+    cache.copy_(x)
+    a, b = torch.tanh(torch.tanh(cache)), torch.tanh(cache)
+    cache.add_(torch.tanh((b.reshape(-1, 6) @ (w + w.t() * 0.5)).reshape(2, 4, 6)))  # the last size is the weight's, and no symbol any more
+    return a.sum(2) * 0.1
+
+
+def keys_of_a_product(cache, x, w):
+    keys = (x @ (w + w.t() * 0.5))[None, None]
+    return torch.nn.functional.scaled_dot_product_attention(cache[0][None, None], keys, keys)[0, 0]
+
+
+@pytest.mark.parametrize("f", [rows_in_between, keys_of_a_product], ids=lambda f: f.__name__)
+def test_sizes_that_are_symbols_beside_a_weight(f):
+    torch._dynamo.reset()
+    w, x, ours = torch.nn.Parameter(torch.randn(6, 6)), torch.randn(1, 6), torch.randn(2, 4, 6)
+    theirs = ours.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(f, backend="tileweld", dynamic=True)(ours, x, w), f(theirs, x, w), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
