@@ -86,6 +86,7 @@ def _compile(gm: GraphModule, example_inputs, options, mode, report: Report, bui
             begin(rewritten)
             gc.collect(0)  # as in finish
             compiled = compile_graph(rewritten, example_inputs, finish)
+        give_back()  # Dynamo is about to empty the caches with a block of 32 MiB: what is free until then would be the peak's
         if key is not None:
             refused = _not_kept(executables, len(example_inputs), guards, degraded=len(report.warnings) > warnings)
             executable_cache.keep(key, executables, report, before, refused)
