@@ -1,4 +1,4 @@
-"""What compiling leaves behind is given back when Dynamo is done, once, and only for what this backend compiled; quantising needs no copy of a weight."""
+"""What compiling leaves behind is given back before Dynamo's guards are made and when it is done, and only for what this backend compiled; quantising needs no copy of a weight."""
 import subprocess
 import sys
 
@@ -7,7 +7,16 @@ import torch
 from tileweld.compiler import backend, capture
 
 
-def test_give_back_is_called_behind_the_guards_of_our_graphs_alone(monkeypatch):
+@pytest.mark.parametrize("times", [1, 2], ids=["found on disk", "compiled here"])
+def test_give_back_is_called_around_the_guards_of_our_graphs_alone(monkeypatch, tmp_path, times):
+    monkeypatch.setenv("TILEWELD_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TILEWELD_EXECUTABLES", "1")
+    with monkeypatch.context() as earlier:  # who finds executables on disk has no more to give back than Dynamo leaves
+        earlier.setattr(backend, "give_back", lambda: None)
+        for f in (lambda x: x * 2 + 1, lambda x: x * 3 + 1) if times == 1 else ():
+            for n in (3, 4):
+                torch._dynamo.reset()
+                torch.compile(f, backend="tileweld", dynamic=False)(torch.ones(n))
     calls = []
     monkeypatch.setattr(backend, "give_back", lambda: calls.append(capture.CompileContext.current_compile_id()))
     torch._dynamo.reset()
@@ -16,10 +25,10 @@ def test_give_back_is_called_behind_the_guards_of_our_graphs_alone(monkeypatch):
     ours = torch.compile(lambda x: x * 2 + 1, backend="tileweld", dynamic=False)
     for n in (3, 3, 4):
         ours(torch.ones(n))
-    assert len(calls) == 2 and not capture._when_compiled
+    assert len(calls) == 2 * times and not capture._when_compiled
     torch._dynamo.reset()  # forgets whom to call
     torch.compile(lambda x: x * 3 + 1, backend="tileweld")(torch.ones(3))
-    assert len(calls) == 3
+    assert len(calls) == 3 * times
 
 
 def test_outside_of_a_compilation_it_is_called_at_once():
