@@ -135,15 +135,15 @@ def _is_router(weight: Node, node: Node) -> bool:
     if not isinstance(n := value(weight).shape[0], int) or n > ROUTER:
         return False
     spec = spec_of([value(c) for c in node.args[2]], node.args[4], *node.args[6:9])
-    own = [k for k, w in enumerate(node.args[1]) if w is weight]
-    stack, seen = [u for u in node.users if is_call(u, operator.getitem) and set(own) & set(spec.accumulators(u.args[1]))], set()
+    own = {k for k, w in enumerate(node.args[1]) if w is weight}
+    stack, seen = [u for u in node.users if is_call(u, operator.getitem) and own & set(spec.accumulators(u.args[1]))], set()
     while stack:
         n = stack.pop()
-        if is_call(n, aten.topk.default, aten.sort.default, aten.sort.stable):
+        if is_call(n, aten.topk.default):
             return True
         if n not in seen:
             seen.add(n)
-            stack += [u for u in n.users if is_call(u, aten.topk.default, aten.sort.default, aten.sort.stable, aten.softmax.int, aten._softmax.default) or u.target in POINTWISE or u.target in VIEWS]
+            stack += [u for u in n.users if is_call(u, aten.topk.default, aten.softmax.int, aten._softmax.default) or u.target in POINTWISE or u.target in VIEWS]
     return False
 
 

@@ -12,19 +12,11 @@ from tileweld.compiler.errors import ConversionError
 from tileweld.convert.smooth import _difference
 from torch import nn
 
+from .smooth_inputs import X, seeded  # noqa: F401 (a fixture of every test here)
+
 _spec = importlib.util.spec_from_file_location("attention_model", Path(__file__).with_name("attention_model.py"))
 _shared = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_shared)
-
-X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-X[..., 3] *= 50
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 class Gated(nn.Module):

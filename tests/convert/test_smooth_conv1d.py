@@ -15,17 +15,10 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+from .smooth_inputs import X, seeded  # noqa: F401 (a fixture of every test here)
+
 WIDTH = 32
 TOKENS = torch.randint(0, 61, (3, 9), generator=torch.Generator().manual_seed(2))
-X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-X[..., 3] *= 50
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 def gpt2(outliers=False, **options):
